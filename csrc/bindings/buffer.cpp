@@ -1,0 +1,326 @@
+// Imports memory: NumPy arrays directly, DLPack by its C table or its method, then the buffer protocol.
+#include "bindings/buffer.hpp"
+
+#include <dlpack/dlpack.h>
+#include <pybind11/numpy.h>
+
+#include <cstring>
+#include <optional>
+#include <unordered_map>
+
+namespace adamax::bindings {
+namespace {
+
+constexpr const char* kDTypes = "float32, float64, float16 or bfloat16";
+
+[[noreturn]] void throw_dtype(const Label& label, const std::string& received) {
+  throw py::type_error(label.text() + " has dtype " + received + "; expected " + kDTypes);
+}
+
+// ---- What a type offers, asked once a type ---------------------------------------------------------
+
+enum class Protocol { kNumPy, kExchangeTable, kDLPack, kCudaArrayInterface, kBufferProtocol, kNone };
+
+struct TypeInfo {
+  Protocol protocol = Protocol::kNone;
+  const DLPackExchangeAPI* table = nullptr;
+  bool is_immutable = false;  // its arrays claim to be writable, or share memory, and must not change
+};
+
+const DLPackExchangeAPI* exchange_table(py::handle type) {
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* header = static_cast<const DLPackExchangeAPIHeader*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) {
+    header = header->prev_api;
+  }
+  const auto* table = reinterpret_cast<const DLPackExchangeAPI*>(header);
+  return table != nullptr && table->dltensor_from_py_object_no_sync != nullptr ? table : nullptr;
+}
+
+TypeInfo inspect_type(py::handle object, py::handle type) {
+  TypeInfo info;
+  const auto module = py::cast<std::string>(py::str(py::getattr(type, "__module__", py::str(""))));
+  for (const char* library : {"jax", "tensorflow"}) {
+    info.is_immutable |= module.rfind(library, 0) == 0;
+  }
+  info.table = exchange_table(type);
+  if (py::isinstance<py::array>(object)) {
+    info.protocol = Protocol::kNumPy;
+  } else if (info.table != nullptr) {
+    info.protocol = Protocol::kExchangeTable;
+  } else if (py::hasattr(type, "__dlpack__") && py::hasattr(type, "__dlpack_device__")) {
+    info.protocol = Protocol::kDLPack;
+  } else if (py::hasattr(type, "__cuda_array_interface__")) {
+    info.protocol = Protocol::kCudaArrayInterface;
+  } else if (PyObject_CheckBuffer(object.ptr())) {
+    info.protocol = Protocol::kBufferProtocol;
+  }
+  return info;
+}
+
+const TypeInfo& type_info(py::handle object) {
+  // Holds a reference to every type in it, so that no address is used for another type.
+  static auto* const known = new std::unordered_map<PyTypeObject*, TypeInfo>();
+  PyTypeObject* const type = Py_TYPE(object.ptr());
+  const auto found = known->find(type);
+  if (found != known->end()) return found->second;
+  const TypeInfo info = inspect_type(object, reinterpret_cast<PyObject*>(type));
+  Py_INCREF(type);
+  return known->emplace(type, info).first->second;
+}
+
+// ---- NumPy -----------------------------------------------------------------------------------------
+
+std::optional<DType> numpy_dtype(const py::dtype& dtype) {
+  constexpr int kHalf = 23;  // NPY_HALF
+  const char order = dtype.byteorder();
+  if (order == '=' || order == '|') {
+    if (dtype.num() == py::detail::npy_api::NPY_FLOAT_) return DType::kFloat32;
+    if (dtype.num() == py::detail::npy_api::NPY_DOUBLE_) return DType::kFloat64;
+    if (dtype.num() == kHalf) return DType::kFloat16;
+    // The bfloat16 that ml_dtypes registers; a float64 typed "long double" is left out on purpose.
+    if (dtype.itemsize() == 2 && py::cast<std::string>(dtype.attr("name")) == "bfloat16") {
+      return DType::kBFloat16;
+    }
+  }
+  return std::nullopt;
+}
+
+DType numpy_dtype_of(py::handle array, const Label& label) {
+  // The descriptors seen so far; there is one object each for the native types.
+  static auto* const known = new std::unordered_map<PyObject*, DType>();
+  PyObject* const descriptor = py::detail::array_proxy(array.ptr())->descr;
+  const auto found = known->find(descriptor);
+  if (found != known->end()) return found->second;
+  const auto dtype = py::reinterpret_borrow<py::dtype>(descriptor);
+  const std::optional<DType> result = numpy_dtype(dtype);
+  if (!result) throw_dtype(label, py::str(dtype));
+  if (known->size() < 16) {
+    Py_INCREF(descriptor);
+    known->emplace(descriptor, *result);
+  }
+  return *result;
+}
+
+void set_layout(Buffer& buffer, int axes, const std::int64_t* shape, const std::int64_t* strides) {
+  buffer.layout.axes = 0;
+  buffer.size = 1;
+  for (int i = 0; i < axes; ++i) buffer.size *= shape[i];
+  for (int i = 0; i < axes; ++i) {
+    buffer.layout.append(shape[i], buffer.size == 0 ? 0 : strides[i]);
+  }
+}
+
+void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
+                         const py::ssize_t* byte_strides) {
+  const auto item = static_cast<py::ssize_t>(itemsize(buffer.dtype));
+  std::int64_t strides[Layout::kMaxAxes];
+  for (int i = 0; i < axes; ++i) {
+    if (byte_strides[i] % item != 0 && shape[i] > 1) {
+      throw py::value_error(label.text() + " has a stride of " + std::to_string(byte_strides[i]) +
+                            " bytes; expected whole elements of " + std::to_string(item) +
+                            " bytes");
+    }
+    strides[i] = byte_strides[i] / item;
+  }
+  static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
+  set_layout(buffer, axes, reinterpret_cast<const std::int64_t*>(shape), strides);
+}
+
+[[noreturn]] void throw_read_only(const Label& label, const char* why) {
+  throw py::buffer_error(label.text() + " is read-only" + why +
+                         "; expected memory that may be written");
+}
+
+void import_numpy(py::handle object, const Label& label, Access access, Buffer& buffer) {
+  const auto* array = py::detail::array_proxy(object.ptr());
+  if (access == Access::kWrite && !(array->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_)) {
+    throw_read_only(label, "");
+  }
+  buffer.dtype = numpy_dtype_of(object, label);
+  buffer.data = array->data;
+  set_layout_of_bytes(buffer, label, array->nd, array->dimensions, array->strides);
+}
+
+// ---- DLPack ----------------------------------------------------------------------------------------
+
+void require_host(const Label& label, int device_type, int device_id) {
+  if (device_type == kDLCPU || device_type == kDLCUDAHost || device_type == kDLROCMHost) return;
+  throw py::value_error(label.text() + " is on a device (DLPack type " +
+                        std::to_string(device_type) + ", number " + std::to_string(device_id) +
+                        "); expected host memory: this build computes on the CPU");
+}
+
+void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer) {
+  require_host(label, tensor.device.device_type, tensor.device.device_id);
+  const DLDataType type = tensor.dtype;
+  const bool is_scalar = type.lanes == 1;
+  if (is_scalar && type.code == kDLFloat && type.bits == 32) {
+    buffer.dtype = DType::kFloat32;
+  } else if (is_scalar && type.code == kDLFloat && type.bits == 64) {
+    buffer.dtype = DType::kFloat64;
+  } else if (is_scalar && type.code == kDLFloat && type.bits == 16) {
+    buffer.dtype = DType::kFloat16;
+  } else if (is_scalar && type.code == kDLBfloat && type.bits == 16) {
+    buffer.dtype = DType::kBFloat16;
+  } else {
+    throw_dtype(label, "(DLPack code " + std::to_string(type.code) + ", " +
+                           std::to_string(type.bits) + " bits)");
+  }
+  buffer.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  std::int64_t strides[Layout::kMaxAxes];
+  const std::int64_t* used = tensor.strides;
+  if (used == nullptr) {  // before DLPack 1.2: row-major
+    std::int64_t stride = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+      strides[i] = stride;
+      stride *= tensor.shape[i];
+    }
+    used = strides;
+  }
+  set_layout(buffer, tensor.ndim, tensor.shape, used);
+  if (tensor.data == nullptr && buffer.size > 0) {
+    throw py::buffer_error(label.text() + " has no memory: it was freed or never allocated");
+  }
+}
+
+py::object call_dlpack(py::handle object, const Label& label) {
+  // Work that the library still has queued would otherwise be read half done.
+  if (py::hasattr(object, "block_until_ready")) object.attr("block_until_ready")();
+  const auto method = object.attr("__dlpack__");
+  try {
+    try {
+      return method(py::arg("max_version") =
+                        py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION),
+                    py::arg("copy") = false);
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+      return method();  // an exporter from before DLPack 1.0
+    }
+  } catch (py::error_already_set& error) {
+    py::raise_from(error, PyExc_BufferError,
+                   (label.text() + " did not export its memory by DLPack").c_str());
+    throw py::error_already_set();
+  }
+}
+
+void import_dlpack(py::handle object, const Label& label, Access access, Leases& leases,
+                   Buffer& buffer) {
+  const auto device = py::cast<std::pair<int, int>>(py::tuple(object.attr("__dlpack_device__")()));
+  require_host(label, device.first, device.second);
+  const py::object capsule = call_dlpack(object, label);
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+    auto* const managed = static_cast<DLManagedTensorVersioned*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
+    leases.keep(managed);
+    if (managed->version.major != DLPACK_MAJOR_VERSION) {
+      throw py::buffer_error(label.text() + " exports DLPack version " +
+                             std::to_string(managed->version.major) + "; expected version 1");
+    }
+    if (access == Access::kWrite && (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0) {
+      throw_read_only(label, "");
+    }
+    if (access == Access::kWrite && (managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED) != 0) {
+      throw py::buffer_error(label.text() + " exported a copy; expected its own memory");
+    }
+    import_dl_tensor(managed->dl_tensor, label, buffer);
+  } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
+    auto* const managed =
+        static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+    leases.keep(managed);
+    import_dl_tensor(managed->dl_tensor, label, buffer);
+  } else {
+    throw py::buffer_error(label.text() + " returned no DLPack capsule from __dlpack__()");
+  }
+}
+
+void import_by_table(py::handle object, const Label& label, const DLPackExchangeAPI& table,
+                     Buffer& buffer) {
+  DLTensor tensor;
+  if (table.dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) {
+    py::error_already_set error;
+    py::raise_from(error, PyExc_BufferError,
+                   (label.text() + " did not export its memory by DLPack").c_str());
+    throw py::error_already_set();
+  }
+  import_dl_tensor(tensor, label, buffer);
+}
+
+// ---- The buffer protocol ---------------------------------------------------------------------------
+
+std::optional<DType> format_dtype(const char* format) {
+  if (format == nullptr) return std::nullopt;
+  const bool is_native =
+      *format == '@' || *format == '=' || *format == (PY_LITTLE_ENDIAN ? '<' : '>');
+  if (is_native) ++format;
+  if (std::strcmp(format, "f") == 0) return DType::kFloat32;
+  if (std::strcmp(format, "d") == 0) return DType::kFloat64;
+  if (std::strcmp(format, "e") == 0) return DType::kFloat16;
+  return std::nullopt;
+}
+
+void import_view(py::handle object, const Label& label, Access access, Leases& leases,
+                 Buffer& buffer) {
+  auto view = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+    py::error_already_set error;
+    py::raise_from(error, PyExc_BufferError,
+                   (label.text() + " did not export its memory: it may be closed").c_str());
+    throw py::error_already_set();
+  }
+  const Py_buffer& lent = *view;
+  leases.keep(std::move(view));
+  if (access == Access::kWrite && lent.readonly) throw_read_only(label, "");
+  const std::optional<DType> dtype = format_dtype(lent.format);
+  if (!dtype) {
+    throw_dtype(label, "'" + std::string(lent.format == nullptr ? "B" : lent.format) +
+                           "' (a struct format)");
+  }
+  buffer.dtype = *dtype;
+  buffer.data = static_cast<char*>(lent.buf);
+  set_layout_of_bytes(buffer, label, lent.ndim, lent.shape, lent.strides);
+}
+
+}  // namespace
+
+Leases::~Leases() {
+  for (auto& view : views_) PyBuffer_Release(view.get());
+  for (DLManagedTensor* tensor : tensors_) {
+    if (tensor->deleter != nullptr) tensor->deleter(tensor);
+  }
+  for (DLManagedTensorVersioned* tensor : versioned_tensors_) {
+    if (tensor->deleter != nullptr) tensor->deleter(tensor);
+  }
+}
+
+void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
+                   Buffer& buffer) {
+  const TypeInfo& info = type_info(object);
+  if (access == Access::kWrite && info.is_immutable) {
+    throw_read_only(label, " (arrays of its library are immutable)");
+  }
+  switch (info.protocol) {
+    case Protocol::kNumPy:
+      return import_numpy(object, label, access, buffer);
+    case Protocol::kExchangeTable:
+      return import_by_table(object, label, *info.table, buffer);
+    case Protocol::kDLPack:
+      return import_dlpack(object, label, access, leases, buffer);
+    case Protocol::kCudaArrayInterface:
+      return require_host(label, kDLCUDA, 0);
+    case Protocol::kBufferProtocol:
+      return import_view(object, label, access, leases, buffer);
+    case Protocol::kNone:
+      break;
+  }
+  throw py::type_error(label.text() + " is a " + std::string(Py_TYPE(object.ptr())->tp_name) +
+                       "; expected an object that exports memory (a NumPy array, DLPack, or the "
+                       "buffer protocol)");
+}
+
+}  // namespace adamax::bindings

@@ -1,0 +1,87 @@
+// The formula: Adamax (Kingma & Ba 2014, section 7.1), once, for every vector width and device.
+//
+// `V` is a vector of floats or doubles with + - * /, abs, maximum (propagates NaN), clamp (keeps NaN) and
+// zero_below. Every operation is one correctly rounded IEEE operation; the order is the contract.
+#pragma once
+
+#include <cstdint>
+
+#include "core/step_scalars.hpp"
+
+namespace adamax {
+
+enum class DecayRule : std::uint8_t { kNone, kDecoupled, kL2 };
+enum class EpsilonRule : std::uint8_t { kOutside, kInside };
+
+// What distinguishes one compiled loop from another: another rule, or another memory stream.
+struct Rule {
+  DecayRule decay;
+  EpsilonRule epsilon;
+  bool average;
+  bool accumulator;
+};
+constexpr int kNumRules = 3 * 2 * 2 * 2;
+
+constexpr Rule rule_at(int index) {
+  return {static_cast<DecayRule>(index % 3), static_cast<EpsilonRule>(index / 3 % 2),
+          index / 6 % 2 == 1, index / 12 == 1};
+}
+constexpr int index_of(Rule rule) {
+  return static_cast<int>(rule.decay) + 3 * static_cast<int>(rule.epsilon) + 6 * rule.average +
+         12 * rule.accumulator;
+}
+
+// StepScalars rounded to the compute type and spread over a vector.
+template <class V>
+struct VectorScalars {
+  using T = typename V::Scalar;
+  V grad_scale, mean_scale, clip_scale, clip_value, decay, one_minus_beta_1, beta_2, epsilon, rate,
+      ema_momentum, one_minus_ema_momentum;
+
+  VectorScalars(const StepScalars& s, double clip)
+      : grad_scale(static_cast<T>(s.grad_scale)),
+        mean_scale(static_cast<T>(s.mean_scale)),
+        clip_scale(static_cast<T>(clip)),
+        clip_value(static_cast<T>(s.clip_value)),
+        decay(static_cast<T>(s.decay)),
+        one_minus_beta_1(static_cast<T>(s.one_minus_beta_1)),
+        beta_2(static_cast<T>(s.beta_2)),
+        epsilon(static_cast<T>(s.epsilon)),
+        rate(static_cast<T>(s.rate)),
+        ema_momentum(static_cast<T>(s.ema_momentum)),
+        one_minus_ema_momentum(static_cast<T>(s.one_minus_ema_momentum)) {}
+};
+
+// Magnitude below which `m` and `u` become zero, so that a parameter whose gradient stays zero never
+// reaches subnormals, which x86 computes many times slower.
+template <class T>
+constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
+
+// `h` is the gradient after unscaling and averaging over micro-batches.
+template <Rule rule, class V>
+[[gnu::always_inline]] inline void update(V& w, V h, V& m, V& u, const VectorScalars<V>& s) {
+  h = h * s.clip_scale;
+  h = clamp(h, s.clip_value);
+  if constexpr (rule.decay == DecayRule::kDecoupled) w = w - w * s.decay;
+  if constexpr (rule.decay == DecayRule::kL2) h = h + w * s.decay;
+
+  const V tiny(kTiny<typename V::Scalar>);
+  const V magnitude = rule.epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
+  m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
+  u = zero_below(maximum(u * s.beta_2, magnitude), tiny);
+
+  const V denominator = rule.epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
+  w = w - (s.rate * m) / denominator;
+}
+
+// The exponential moving average of the weights, and overwriting the weights with it.
+template <class V>
+[[gnu::always_inline]] inline void update_average(V& average, V w, AverageMode mode,
+                                                  const VectorScalars<V>& s) {
+  if (mode == AverageMode::kStart) average = w;
+  if (mode == AverageMode::kRunning) {
+    average = average * s.ema_momentum + w * s.one_minus_ema_momentum;
+  }
+}
+
+}  // namespace adamax

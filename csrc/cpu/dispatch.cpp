@@ -1,0 +1,59 @@
+// Which instruction set runs: what the processor has, or what ADAMAX_EXT_ISA forces.
+#include "cpu/dispatch.hpp"
+
+#include <cstdlib>
+
+#include "adamax/adamax.hpp"
+
+namespace adamax {
+namespace cpu {
+namespace {
+
+// Tables that this processor runs, best last. The compiler's feature test asks CPUID for the instructions
+// and XCR0 whether the operating system saves the registers.
+std::vector<const KernelTable*> runnable_tables() {
+  std::vector<const KernelTable*> tables{&scalar::kTable};
+#ifdef ADAMAX_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    tables.push_back(&avx2::kTable);
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    tables.push_back(&avx512::kTable);
+  }
+#endif
+  return tables;
+}
+
+const KernelTable& select_table() {
+  const auto tables = runnable_tables();
+  const char* const forced = std::getenv("ADAMAX_EXT_ISA");
+  const std::string_view name = forced == nullptr || *forced == '\0' ? "auto" : forced;
+  if (name == "auto") return *tables.back();
+  std::string valid = "auto";
+  for (const KernelTable* table : tables) {
+    if (name == table->isa) return *table;
+    valid += std::string(", ") + table->isa;
+  }
+  throw std::invalid_argument("ADAMAX_EXT_ISA must be one of " + valid +
+                              " on this processor; received '" + std::string(name) + "'");
+}
+
+}  // namespace
+
+const KernelTable& active_table() {
+  static const KernelTable& table = select_table();
+  return table;
+}
+
+}  // namespace cpu
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const cpu::KernelTable* table : cpu::runnable_tables()) names.emplace_back(table->isa);
+  return names;
+}
+
+std::string active_isa() { return cpu::active_table().isa; }
+
+}  // namespace adamax

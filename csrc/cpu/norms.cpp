@@ -1,0 +1,67 @@
+// Sums of squares with a fixed shape: the same bits for any thread count and instruction set.
+#include "cpu/norms.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace adamax::cpu {
+
+double fold_blocks(std::span<double> sums) {
+  if (sums.empty()) return 0.0;
+  while (sums.size() > 1) {
+    const std::size_t blocks = num_blocks(static_cast<std::int64_t>(sums.size()));
+    for (std::size_t block = 0; block < blocks; ++block) {
+      const std::size_t begin = block * kBlock, end = std::min(begin + kBlock, sums.size());
+      double lanes[kLanes] = {};
+      for (std::size_t e = begin; e < end; ++e) lanes[(e - begin) % kLanes] += sums[e];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      }
+      sums[block] = lanes[0];
+    }
+    sums = sums.first(blocks);
+  }
+  return sums[0];
+}
+
+double norm_of(double sum_of_squares) {
+  return sum_of_squares >= 0 ? std::sqrt(sum_of_squares) : sum_of_squares;
+}
+
+void clip_coefficients(const Hyperparameters& h, std::span<const Variable> variables,
+                       std::span<const double> sums_of_squares, std::span<double> coefficients) {
+  if (h.clipnorm) {
+    for (std::size_t i = 0; i < variables.size(); ++i) {
+      const double norm = norm_of(sums_of_squares[i]);
+      coefficients[i] = *h.clipnorm / (norm > *h.clipnorm || norm != norm ? norm : *h.clipnorm);
+    }
+  } else if (h.global_clipnorm) {
+    double total = 0.0;
+    for (std::size_t i = 0; i < variables.size(); ++i) {
+      if (variables[i].grad != nullptr) total += sums_of_squares[i];
+    }
+    const double norm = norm_of(total);
+    double c = 1.0;
+    if (!std::isfinite(norm)) {
+      c = std::numeric_limits<double>::quiet_NaN();
+    } else if (norm > 0) {
+      c = std::min(*h.global_clipnorm / norm, 1.0);
+    }
+    std::fill(coefficients.begin(), coefficients.end(), c);
+  }
+}
+
+bool is_finite(const Variable& variable) {
+  if (variable.grad_dtype != DType::kFloat64) return false;
+  const char* const grad = static_cast<const char*>(variable.grad);
+  for (std::int64_t i = 0; i < variable.size; ++i) {
+    double value;
+    std::memcpy(&value, grad + i * sizeof(double), sizeof(double));
+    if (!std::isfinite(value)) return false;
+  }
+  return true;
+}
+
+}  // namespace adamax::cpu

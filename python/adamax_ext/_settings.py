@@ -1,0 +1,39 @@
+"""Checks of constructor arguments: each error names the argument, the value, and what would be right."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+
+def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
+    """Return `value` as a float; TypeError if it is no real number, ValueError unless ``valid(value)``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number {wanted}; received {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and valid(number)):
+        raise ValueError(f"{name} must be a number {wanted}; received {value!r}")
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    return real(name, value, "> 0", lambda x: x > 0)
+
+
+def not_negative(name: str, value: Any) -> float:
+    return real(name, value, ">= 0", lambda x: x >= 0)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return `value` as an int; ValueError unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}; received {value!r}")
+    return int(value)
+
+
+def positive_or_none(name: str, value: Any) -> float | None:
+    return None if value is None else positive(name, value)
+
+
+def integer_or_none(name: str, value: Any, least: int) -> int | None:
+    return None if value is None else integer(name, value, least)

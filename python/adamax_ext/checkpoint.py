@@ -1,0 +1,128 @@
+"""Checkpoint files: safetensors with a JSON header, replaced atomically, read all or nothing."""
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FORMAT_VERSION = 1
+_HEADER = "adamax_ext"
+
+PathLike: TypeAlias = str | os.PathLike[str]
+State: TypeAlias = dict[str, dict[str, np.ndarray[Any, Any]]]
+
+
+def write(path: PathLike, state_dict: dict[str, Any]) -> None:
+    """Write `state_dict` to `path`, so that at every moment the old or the new file is there.
+
+    The arrays of ``state_dict["state"]`` become tensors named ``<variable>/<kind>``; everything else goes
+    into the header.
+    """
+    tensors = {
+        f"{name}/{kind}": array
+        for name, arrays in state_dict["state"].items()
+        for kind, array in arrays.items()
+    }
+    header = {key: value for key, value in state_dict.items() if key != "state"}
+    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync(target.parent)  # the new name itself survives a power failure
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: PathLike) -> dict[str, Any]:
+    """Read what `write` wrote.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    ValueError
+        The file is torn, or is no checkpoint of this package.
+    """
+    state: State = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if _HEADER not in metadata:
+                raise ValueError(
+                    f"{path} is no checkpoint of adamax_ext: it has no '{_HEADER}' header"
+                )
+            header = json.loads(metadata[_HEADER])
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                name, _, kind = key.rpartition("/")
+                state.setdefault(name, {})[kind] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is torn, or no safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a header that is no JSON object: {header!r}")
+    return {**header, "state": state}
+
+
+def require_format(state_dict: dict[str, Any], keys: set[str]) -> None:
+    """Raise ValueError unless `state_dict` has this format version and exactly these keys."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dict; received {type(state_dict).__name__}")
+    version = state_dict.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version must be {FORMAT_VERSION}; received {version!r}")
+    if set(state_dict) != keys:
+        raise ValueError(
+            f"state_dict must have the keys {sorted(keys)}; received {sorted(map(str, state_dict))}"
+        )
+
+
+def require_like(state: Any, expected: State) -> None:
+    """Raise ValueError unless `state` has the names, kinds, shapes and dtypes of `expected`."""
+    if set(state) != set(expected):
+        missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        raise ValueError(
+            f"state must have the built variables; missing {missing}, unknown {unknown}"
+        )
+    for name, arrays in expected.items():
+        if set(state[name]) != set(arrays):
+            raise ValueError(
+                f"state of '{name}' must have {sorted(arrays)}; received {sorted(state[name])}"
+            )
+        for kind, array in arrays.items():
+            received = state[name][kind]
+            shape, dtype = np.shape(received), getattr(received, "dtype", None)
+            if shape != array.shape or dtype != array.dtype:
+                raise ValueError(
+                    f"{kind} of '{name}' must have shape {array.shape} and dtype {array.dtype}; "
+                    f"received shape {shape} and dtype {dtype}"
+                )
+
+
+def require_weights(weights: list[np.ndarray[Any, Any]], expected: list[Any]) -> None:
+    """Raise ValueError unless `weights` can be copied into `expected`, one by one."""
+    if len(weights) != len(expected):
+        raise ValueError(f"weights must have {len(expected)} arrays; received {len(weights)}")
+    for i, (weight, array) in enumerate(zip(weights, expected, strict=True)):
+        castable = np.can_cast(weight.dtype, array.dtype, "same_kind")
+        if weight.shape != array.shape or not castable:
+            raise ValueError(
+                f"weights[{i}] must have shape {array.shape} and a dtype like {array.dtype}; "
+                f"received shape {weight.shape} and dtype {weight.dtype}"
+            )

@@ -1,0 +1,159 @@
+"""The functional layer: one step on buffers that the caller owns, norms, and run-time controls."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from adamax_ext import _core
+
+
+def update(
+    param: Any,
+    grad: Any,
+    m: Any,
+    u: Any,
+    *,
+    step: int,
+    learning_rate: float = 0.001,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-7,
+    weight_decay: float = 0.0,
+    decay: Literal["decoupled", "l2"] = "decoupled",
+    epsilon_mode: Literal["outside", "inside"] = "outside",
+    grad_scale: float = 1.0,
+    clipvalue: float | None = None,
+    average: Any = None,
+    ema_momentum: float = 0.99,
+) -> None:
+    """Do one fused Adamax step in place.
+
+    Parameters
+    ----------
+    param : buffer of float32, float64, float16 or bfloat16, any shape
+        Weights; overwritten.
+    grad : buffer, same shape and memory order
+        Gradient. The dtype of `param`, or float32 for 16-bit weights, or 16 bits for float32 weights.
+    m, u : buffer of float32 (float64 for float64 weights), same shape and memory order
+        First moment and infinity norm; zeros before the first step; overwritten.
+    step : int
+        Number of this update, from 1.
+    learning_rate, beta_1, beta_2, epsilon : float
+        As in `Adamax`.
+    weight_decay : float
+        0 switches it off.
+    decay : {"decoupled", "l2"}
+        ``w -= w * learning_rate * weight_decay`` before the step (Keras), or ``grad += w * weight_decay``
+        (torch).
+    epsilon_mode : {"outside", "inside"}
+        ``m / (u + epsilon)`` (Keras), or ``u = max(beta_2 * u, abs(grad) + epsilon)`` (torch, optax).
+    grad_scale : float
+        Multiplies the gradient first.
+    clipvalue : float, optional
+        Limits every element of the gradient to [-clipvalue, clipvalue].
+    average : buffer like `m`, optional
+        Exponential moving average of the weights; set to them at step 1; overwritten.
+    ema_momentum : float
+        Share of the old average in the new one.
+
+    Raises
+    ------
+    ValueError
+        A setting out of range; buffers of different size or layout, with gaps, overlapping, or not in
+        host memory.
+    TypeError
+        An unsupported pair of dtypes, or an object without memory.
+    BufferError
+        Memory that is read-only, closed or freed. After any exception no buffer has changed.
+
+    Notes
+    -----
+    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, g = np.ones(3, np.float32), np.full(3, 0.5, np.float32)
+    >>> m, u = np.zeros_like(w), np.zeros_like(w)
+    >>> update(w, g, m, u, step=1, learning_rate=0.25)
+    >>> w
+    array([0.75, 0.75, 0.75], dtype=float32)
+    """
+    _core.update(
+        param,
+        grad,
+        m,
+        u,
+        step,
+        learning_rate,
+        beta_1,
+        beta_2,
+        epsilon,
+        weight_decay,
+        decay,
+        epsilon_mode,
+        grad_scale,
+        clipvalue,
+        average,
+        ema_momentum,
+    )
+
+
+def global_norm(buffers: Iterable[Any]) -> float:
+    """Return the Euclidean norm over all elements of all buffers, the same bits on every machine.
+
+    Parameters
+    ----------
+    buffers : iterable of buffers of float32, float64, float16 or bfloat16
+        Any shapes; dense.
+
+    Returns
+    -------
+    float
+        Squares are added in float64 in a fixed order. Infinite or NaN if an element is.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError
+        As `update`.
+    """
+    return _core.global_norm(buffers)
+
+
+def build_info() -> dict[str, Any]:
+    """Return version, compiler, kernel flags, instruction sets built and active, CUDA architectures."""
+    return _core.build_info()
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that this processor runs, best last."""
+    return _core.available_isas()
+
+
+def active_isa() -> str:
+    """Return the instruction set in use: the best, or what ADAMAX_EXT_ISA names.
+
+    Raises
+    ------
+    ValueError
+        ADAMAX_EXT_ISA names none that this processor runs.
+    """
+    return _core.active_isa()
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most `n` threads for large steps; results do not depend on it.
+
+    The CPU affinity and the cgroup quota of the process are upper limits all the same. Without a call,
+    the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
+
+    Raises
+    ------
+    ValueError
+        `n` is less than 1.
+    """
+    _core.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """Return how many threads a large step uses."""
+    return _core.get_num_threads()

@@ -1,0 +1,554 @@
+"""`Adamax`: configuration and bookkeeping of training steps; one native call does the arithmetic."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from adamax_ext import _core, _settings, checkpoint, schedules
+from adamax_ext.exclusive import exclusive
+from adamax_ext.saving import Saveable
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Rate: TypeAlias = float | schedules.LearningRateSchedule | Callable[[], Any]
+
+
+def as_sequence(name: str, buffers: Any) -> Sequence[Any]:
+    """Return `buffers` as a list or tuple; TypeError for a single buffer, which would fall into rows."""
+    if isinstance(buffers, (list, tuple)):
+        return buffers
+    if isinstance(buffers, (str, bytes, Mapping)) or hasattr(buffers, "__array__"):
+        raise TypeError(f"{name} must be a sequence of buffers; received {type(buffers).__name__}")
+    return list(buffers)
+
+
+class Adamax(Saveable):
+    """The Adamax optimizer with the semantics of ``keras.optimizers.Adamax``, on any memory.
+
+    Parameters
+    ----------
+    learning_rate : float, schedules.LearningRateSchedule or callable
+        Finite and >= 0. A schedule sees the number of completed calls; a callable takes no arguments.
+    beta_1, beta_2 : float in [0, 1)
+        Decay of the first moment and of the infinity norm.
+    epsilon : float > 0
+        Added to the infinity norm in the denominator.
+    weight_decay : float >= 0, optional
+        Decoupled: ``w -= w * learning_rate * weight_decay``. See `exclude_from_weight_decay`.
+    clipnorm, clipvalue, global_clipnorm : float > 0, optional
+        At most one: limits the norm of each gradient, each element, or the norm over all gradients.
+    use_ema : bool
+        Keep an exponential moving average of the weights; see `finalize_variable_values`.
+    ema_momentum : float in [0, 1]
+        Share of the old average in the new one.
+    ema_overwrite_frequency : int >= 1, optional
+        Replace the weights by their averages after every so many updates.
+    loss_scale_factor : float > 0, optional
+        Divides the gradients; `scale_loss` multiplies the loss.
+    gradient_accumulation_steps : int >= 2, optional
+        Update once in so many calls, with the mean gradient. The average of the weights and its overwriting
+        count updates, where Keras counts every call.
+    name : str
+        Name of the optimizer.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument out of range, named with the value received.
+
+    Notes
+    -----
+    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The first moment, infinity
+    norm, averages and accumulators are float64 for float64 weights and float32 for all others.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.ones(3, np.float32)
+    >>> optimizer = Adamax(learning_rate=0.25)
+    >>> optimizer.build([weights])
+    >>> optimizer.apply([np.full(3, 0.5, np.float32)])
+    1
+    >>> weights
+    array([0.75, 0.75, 0.75], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "adamax",
+    ) -> None:
+        super().__init__()
+        positive_or_none = _settings.positive_or_none
+        self._learning_rate = _checked_rate(learning_rate)
+        self.beta_1 = _settings.real("beta_1", beta_1, "in [0, 1)", lambda x: 0 <= x < 1)
+        self.beta_2 = _settings.real("beta_2", beta_2, "in [0, 1)", lambda x: 0 <= x < 1)
+        self.epsilon = _settings.positive("epsilon", epsilon)
+        self.weight_decay = (
+            None if weight_decay is None else _settings.not_negative("weight_decay", weight_decay)
+        )
+        self.clipnorm = positive_or_none("clipnorm", clipnorm)
+        self.clipvalue = positive_or_none("clipvalue", clipvalue)
+        self.global_clipnorm = positive_or_none("global_clipnorm", global_clipnorm)
+        if sum(clip is not None for clip in (clipnorm, clipvalue, global_clipnorm)) > 1:
+            raise ValueError(
+                "at most one of clipnorm, clipvalue and global_clipnorm can be set; received "
+                f"clipnorm={clipnorm}, clipvalue={clipvalue}, global_clipnorm={global_clipnorm}"
+            )
+        if not isinstance(use_ema, (bool, np.bool_)):
+            raise TypeError(f"use_ema must be True or False; received {use_ema!r}")
+        self.use_ema = bool(use_ema)
+        self.ema_momentum = _settings.real(
+            "ema_momentum", ema_momentum, "in [0, 1]", lambda x: 0 <= x <= 1
+        )
+        self.ema_overwrite_frequency = _settings.integer_or_none(
+            "ema_overwrite_frequency", ema_overwrite_frequency, least=1
+        )
+        self.loss_scale_factor = positive_or_none("loss_scale_factor", loss_scale_factor)
+        self.gradient_accumulation_steps = _settings.integer_or_none(
+            "gradient_accumulation_steps", gradient_accumulation_steps, least=2
+        )
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string; received {name!r}")
+        self.name = name
+
+        self._calls = 0  # completed calls of apply(), micro-batches included
+        self._excluded_buffers: list[Any] = []
+        self._excluded_patterns: list[str] = []
+        self._plan: _core.Plan | None = None
+        self._variables: list[Any] = []
+        self._names: list[str] = []
+        self._decays: list[bool] = []
+        self._momentum: list[Array] = []
+        self._norm: list[Array] = []
+        self._averages: list[Array] | None = None
+        self._accumulators: list[Array] | None = None
+
+    # ---- Variables -------------------------------------------------------------------------------------
+
+    @property
+    def built(self) -> bool:
+        """Whether the optimizer knows its variables."""
+        return self._plan is not None
+
+    @exclusive
+    def build(
+        self, variables: Iterable[Any] | Mapping[str, Any], names: Iterable[str] | None = None
+    ) -> None:
+        """Take over `variables` and allocate their state.
+
+        Parameters
+        ----------
+        variables : sequence of buffers, or mapping of name to buffer
+            Weights, updated in place by `apply`.
+        names : sequence of str, optional
+            Unique names; by default ``variable_0``, ``variable_1``, ...
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError
+            A buffer that cannot be a parameter; names that do not fit; other variables than those that
+            the optimizer was built with before.
+        """
+        self._build(variables, names)
+
+    def _build(
+        self, variables: Iterable[Any] | Mapping[str, Any], names: Iterable[str] | None = None
+    ) -> None:
+        if isinstance(variables, Mapping):
+            if names is not None:
+                raise ValueError(f"names must be None for a mapping; received {names!r}")
+            names, variables = list(variables), list(variables.values())
+        variables = list(as_sequence("variables", variables))
+        if self.built:
+            same = len(variables) == len(self._variables)
+            if not (same and all(map(lambda a, b: a is b, variables, self._variables))):
+                raise ValueError(
+                    "variables must be those that the optimizer was built with; make a new optimizer "
+                    "for new variables"
+                )
+            return
+        names = [f"variable_{i}" for i in range(len(variables))] if names is None else list(names)
+        if len(names) != len(variables) or len(set(names)) != len(names):
+            raise ValueError(
+                f"names must be one unique string for each of the {len(variables)} variables; "
+                f"received {names}"
+            )
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"names must be strings; received {names}")
+
+        layouts = [_core.describe(v, "variables", i) for i, v in enumerate(variables)]
+        self._decays = self._decayed(variables, names, [layout[3] for layout in layouts])
+
+        def zeros() -> list[Array]:
+            return [_zeros(shape, strides, dtype) for shape, strides, dtype, _ in layouts]
+
+        self._momentum, self._norm = zeros(), zeros()
+        self._averages = zeros() if self.use_ema else None
+        self._accumulators = zeros() if self.gradient_accumulation_steps else None
+        self._names = names
+        self._plan = self._make_plan(variables, self._decays)
+        self._variables = variables
+
+    def _make_plan(self, variables: list[Any], decays: list[bool]) -> _core.Plan:
+        return _core.Plan(
+            variables,
+            self._names,
+            self._momentum,
+            self._norm,
+            self._averages,
+            self._accumulators,
+            decays,
+        )
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Exclude variables from weight decay; replaces what an earlier call excluded.
+
+        Parameters
+        ----------
+        var_list : sequence of buffers, optional
+            Variables, or other objects for the same memory.
+        var_names : sequence of str, optional
+            Regular expressions; a variable is excluded if one is found anywhere in its name.
+
+        Raises
+        ------
+        ValueError
+            The optimizer is built already, or an expression is not valid.
+        """
+        if self.built:
+            raise ValueError("exclude_from_weight_decay() must be called before build()")
+        if isinstance(var_names, str):
+            raise TypeError(f"var_names must be a sequence of strings; received {var_names!r}")
+        patterns = list(var_names or [])
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"var_names must be regular expressions; received {pattern!r}: {error}"
+                ) from error
+        self._excluded_buffers = list(as_sequence("var_list", var_list or []))
+        self._excluded_patterns = patterns
+
+    def _decayed(self, variables: list[Any], names: list[str], addresses: list[int]) -> list[bool]:
+        excluded = {id(buffer) for buffer in self._excluded_buffers}
+        places = set()
+        for i, buffer in enumerate(self._excluded_buffers):
+            places.add(_core.describe(buffer, "var_list", i)[3])
+        return [
+            id(variable) not in excluded
+            and address not in places
+            and not any(re.search(pattern, name) for pattern in self._excluded_patterns)
+            for variable, name, address in zip(variables, names, addresses, strict=True)
+        ]
+
+    @property
+    def variables(self) -> list[Array]:
+        """State in Keras' order.
+
+        Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then momentum
+        and norm of each variable. The first two are copies, the others live arrays.
+        """
+        scalars: list[Array] = [np.array(self._calls, np.int64)]
+        if isinstance(self._learning_rate, float):
+            scalars.append(np.array(self._learning_rate, np.float32))
+        pairs = [array for pair in zip(self._momentum, self._norm, strict=True) for array in pair]
+        return [*scalars, *(self._averages or []), *(self._accumulators or []), *pairs]
+
+    @property
+    def state(self) -> dict[str, dict[str, Array]]:
+        """Live arrays of each variable by name: momentum, norm, average and gradient_accumulator if kept."""
+        kinds = {
+            "momentum": self._momentum,
+            "norm": self._norm,
+            "average": self._averages,
+            "gradient_accumulator": self._accumulators,
+        }
+        return {
+            name: {kind: arrays[i] for kind, arrays in kinds.items() if arrays is not None}
+            for i, name in enumerate(self._names)
+        }
+
+    @property
+    def calls(self) -> int:
+        """Number of completed calls of `apply`, micro-batches included."""
+        return self._calls
+
+    # ---- Steps -----------------------------------------------------------------------------------------
+
+    def apply(self, grads: Iterable[Any], variables: Iterable[Any] | None = None) -> int:
+        """Do one training step in place.
+
+        Parameters
+        ----------
+        grads : sequence of buffers or None
+            Gradients, each with shape and memory order of its variable. A variable whose gradient is None
+            is skipped with a warning. An empty sequence does nothing.
+        variables : sequence of buffers, optional
+            The variables that `grads` belong to, in that order: those of `build`, some of them, or other
+            objects for the same memory. By default all of them. Builds the optimizer on the first call.
+
+        Returns
+        -------
+        int
+            Number of completed calls.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError
+            Buffers that do not fit, or every gradient None. Nothing has changed then.
+        RuntimeError
+            Another call is running on this optimizer.
+        """
+        scale = 1.0 if self.loss_scale_factor is None else 1.0 / self.loss_scale_factor
+        self.apply_scaled(grads, variables, scale)
+        return self._calls
+
+    @exclusive
+    def apply_scaled(
+        self,
+        grads: Iterable[Any],
+        variables: Iterable[Any] | None,
+        grad_scale: float,
+        require_finite: bool = False,
+    ) -> bool:
+        """Do one training step with `grad_scale` times the gradients, for `LossScaleOptimizer`.
+
+        Returns False, with nothing changed and no call counted, if `require_finite` is set and a gradient
+        is infinite or NaN.
+        """
+        grads = as_sequence("grads", grads)
+        if not grads:
+            return True
+        variables = None if variables is None else as_sequence("variables", variables)
+        if self._plan is None:
+            if variables is None:
+                raise ValueError("variables must be given to apply() before build() was called")
+            self._build(variables)
+        assert self._plan is not None
+        micro_batches = self.gradient_accumulation_steps or 1
+        updates_done, position = divmod(self._calls, micro_batches)
+        step = updates_done + 1
+        is_update = position == micro_batches - 1
+        frequency = self.ema_overwrite_frequency
+        applied = self._plan.step(
+            grads,
+            variables,
+            step,
+            grad_scale,
+            not is_update,
+            is_update and self.use_ema and frequency is not None and step % frequency == 0,
+            require_finite,
+            self._rate_now() if is_update else 0.0,
+            self.beta_1,
+            self.beta_2,
+            self.epsilon,
+            self.weight_decay,
+            self.clipnorm,
+            self.clipvalue,
+            self.global_clipnorm,
+            self.ema_momentum,
+            self.gradient_accumulation_steps,
+        )
+        self._calls += applied
+        return applied
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int:
+        """Do one training step on pairs of gradient and variable; see `apply`."""
+        pairs = list(grads_and_vars)
+        return self.apply([grad for grad, _ in pairs], [variable for _, variable in pairs])
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Return `loss` times `loss_scale_factor`, if that is set."""
+        return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
+
+    @exclusive
+    def finalize_variable_values(self, variables: Iterable[Any] | None = None) -> None:
+        """Overwrite `variables` (by default all) with their averages, at the end of training.
+
+        Does nothing without `use_ema`.
+        """
+        if not self.use_ema:
+            return
+        if self._plan is None:
+            raise ValueError("finalize_variable_values() must be called after build()")
+        self._plan.overwrite(None if variables is None else as_sequence("variables", variables))
+
+    @property
+    def iterations(self) -> int:
+        """Number of completed updates."""
+        return self._calls // (self.gradient_accumulation_steps or 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step. Settable; a number cannot replace a schedule or a callable."""
+        return self._rate_now()
+
+    @learning_rate.setter
+    def learning_rate(self, value: Rate) -> None:
+        rate = _checked_rate(value)
+        if isinstance(rate, float) and not isinstance(self._learning_rate, float):
+            raise TypeError(
+                f"learning_rate is {self._learning_rate!r}, which a number ({value!r}) cannot replace: "
+                "it would be lost without notice. Set another schedule or callable, or make the optimizer "
+                "with a number"
+            )
+        self._learning_rate = rate
+
+    def _rate_now(self) -> float:
+        rate = self._learning_rate
+        if isinstance(rate, float):
+            return rate
+        if isinstance(rate, schedules.LearningRateSchedule):
+            return float(rate(self._calls))
+        return float(rate())
+
+    # ---- Configuration ---------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments as JSON values, in Keras' format."""
+        if isinstance(self._learning_rate, schedules.LearningRateSchedule):
+            learning_rate: Any = schedules.serialize(self._learning_rate)
+        elif isinstance(self._learning_rate, float):
+            learning_rate = self._learning_rate
+        else:
+            raise TypeError(
+                f"a callable learning rate ({self._learning_rate!r}) has no config; expected a number "
+                "or a schedule"
+            )
+        return {
+            "name": self.name,
+            "learning_rate": learning_rate,
+            **{key: getattr(self, key) for key in _PLAIN_SETTINGS},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Adamax":
+        """Make an optimizer from `get_config` of this class or of ``keras.optimizers.Adamax``."""
+        arguments = dict(config)
+        if isinstance(arguments.get("learning_rate"), Mapping):
+            arguments["learning_rate"] = schedules.deserialize(arguments["learning_rate"])
+        return cls(**arguments)
+
+    # ---- Saving and loading (the public methods are those of Saveable) ----------------------------------
+
+    def _state_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "calls": self._calls,
+            "learning_rate": self._learning_rate
+            if isinstance(self._learning_rate, float)
+            else None,
+            "excluded_from_weight_decay": [
+                name for name, decays in zip(self._names, self._decays, strict=True) if not decays
+            ],
+            "state": {
+                name: {kind: array.copy() for kind, array in arrays.items()}
+                for name, arrays in self.state.items()
+            },
+        }
+
+    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        checkpoint.require_format(state_dict, _STATE_KEYS)
+        calls = _settings.integer("calls", state_dict["calls"], least=0)
+        learning_rate = state_dict["learning_rate"]
+        if (learning_rate is None) == isinstance(self._learning_rate, float):
+            raise ValueError(
+                f"learning_rate of the state_dict is {learning_rate!r}, but the optimizer has "
+                f"{self._learning_rate!r}; expected both to be numbers, or neither"
+            )
+        rate = self._learning_rate
+        if learning_rate is not None:
+            rate = _settings.not_negative("learning_rate", learning_rate)
+        excluded = state_dict["excluded_from_weight_decay"]
+        if not set(excluded) <= set(self._names):
+            raise ValueError(
+                f"excluded_from_weight_decay must name built variables, {self._names}; "
+                f"received {excluded}"
+            )
+        state, own = state_dict["state"], self.state
+        checkpoint.require_like(state, own)
+        decays = [name not in excluded for name in self._names]
+        plan = self._make_plan(self._variables, decays)
+
+        def commit() -> None:
+            self._calls, self._learning_rate = calls, rate
+            self._decays, self._plan = decays, plan
+            for name, arrays in own.items():
+                for kind, array in arrays.items():
+                    array[...] = state[name][kind]
+
+        return commit
+
+    def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
+        own = self.variables
+        checkpoint.require_weights(weights, own)
+        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), least=0)
+        rate = self._learning_rate
+        if isinstance(rate, float):
+            received = _settings.not_negative("weights[1] (the rate)", weights[1].item())
+            # A rate that is ours rounded to float32 is ours.
+            rate = rate if np.float32(rate) == received else received
+
+        def commit() -> None:
+            self._calls, self._learning_rate = calls, rate
+            for array, weight in zip(own, weights, strict=True):
+                np.copyto(array, weight, casting="same_kind")
+
+        return commit
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plan": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._names:
+            self._plan = self._make_plan(self._variables, self._decays)
+
+
+# Settings that get_config() copies as they are.
+_PLAIN_SETTINGS = (
+    "weight_decay",
+    "clipnorm",
+    "global_clipnorm",
+    "clipvalue",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+    "beta_1",
+    "beta_2",
+    "epsilon",
+)
+_STATE_KEYS = {"format_version", "calls", "learning_rate", "excluded_from_weight_decay", "state"}
+
+
+def _checked_rate(value: Any) -> Rate:
+    if isinstance(value, schedules.LearningRateSchedule) or callable(value):
+        return value  # type: ignore[no-any-return]
+    wanted = ">= 0, a schedule, or a callable without arguments"
+    return _settings.real("learning_rate", value, wanted, lambda x: x >= 0)
+
+
+def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Array:
+    """Return zeros whose axes lie in memory in the order that `strides` tell."""
+    slowest_first = sorted(range(len(shape)), key=lambda axis: -strides[axis])
+    array = np.zeros([shape[axis] for axis in slowest_first], dtype)
+    return array.transpose(np.argsort(slowest_first))
