@@ -49,6 +49,7 @@ def test_demo_that_misses_the_target_fails(tmp_path, capsys):
     assert picture.exists()
 
 
+@pytest.mark.usefixtures("demo_packages")
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "tqdm"])
 def test_demo_names_what_to_install(package, monkeypatch, capsys):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:

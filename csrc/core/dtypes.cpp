@@ -1,5 +1,5 @@
 // Names and sizes of the dtypes.
-#include "core/dtypes.hpp"
+#include "adamax/dtypes.hpp"
 
 #include <algorithm>
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "core/dtypes.hpp"
+#include "adamax/dtypes.hpp"
 #include "core/step_scalars.hpp"
 #include "core/update_rule.hpp"
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "core/dtypes.hpp"
+#include "adamax/dtypes.hpp"
 
 namespace adamax::cpu::avx512 {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/dtypes.hpp"
+#include "adamax/dtypes.hpp"
 
 namespace adamax::cpu::scalar {
 namespace {

@@ -35,7 +35,7 @@ def _info() -> int:
     info = adamax_ext.build_info()
     width = max(map(len, info))
     for key, value in info.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        text = ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else value
         print(f"{key:<{width}}  {text}")
     return 0
 

@@ -1,13 +1,13 @@
-"""Checks of constructor arguments: each error names the argument, the value, and what would be right."""
+"""Checks of arguments: each error names the argument, the value, and what would be right."""
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
-    """Return `value` as a float; TypeError if it is no real number, ValueError unless ``valid(value)``."""
+    """Return `value` as a float; TypeError if it is no number, ValueError if it is not valid."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number {wanted}; received {value!r}")
     number = float(value)
@@ -37,3 +37,12 @@ def positive_or_none(name: str, value: Any) -> float | None:
 
 def integer_or_none(name: str, value: Any, least: int) -> int | None:
     return None if value is None else integer(name, value, least)
+
+
+def sequence(name: str, buffers: Any) -> Sequence[Any]:
+    """Return `buffers` as a list or tuple; TypeError for one buffer, which would fall into rows."""
+    if isinstance(buffers, (list, tuple)):
+        return buffers
+    if isinstance(buffers, (str, bytes, Mapping)) or hasattr(buffers, "__array__"):
+        raise TypeError(f"{name} must be a sequence of buffers; received {type(buffers).__name__}")
+    return list(buffers)

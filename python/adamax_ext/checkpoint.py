@@ -21,8 +21,8 @@ State: TypeAlias = dict[str, dict[str, np.ndarray[Any, Any]]]
 def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     """Write `state_dict` to `path`, so that at every moment the old or the new file is there.
 
-    The arrays of ``state_dict["state"]`` become tensors named ``<variable>/<kind>``; everything else goes
-    into the header.
+    The arrays of ``state_dict["state"]`` become tensors named ``<variable>/<kind>``; everything
+    else goes into the header.
     """
     tensors = {
         f"{name}/{kind}": array

@@ -36,8 +36,7 @@ def load_data() -> Digits:
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32)
     split = train_test_split(x, y, test_size=450, stratify=y, random_state=0)
-    train_x, test_x, train_y, test_y = split
-    return {"training set": (train_x, train_y), "test set": (test_x, test_y)}
+    return {"training set": (split[0], split[2]), "test set": (split[1], split[3])}
 
 
 def initial_weights(rng: np.random.Generator) -> Variables:
@@ -181,22 +180,23 @@ def draw(history: History, path: Path) -> None:
     steps = np.arange(1, len(history.loss) + 1)
     epochs = len(next(iter(history.accuracy.values())))
     epoch_ends = steps.reshape(epochs, -1)[:, -1]
+    dot = "." if epochs < 10 else ""  # a line of one point is invisible
     losses.semilogy(steps, history.loss, color="0.8", linewidth=0.8, label="each batch")
     mean_loss = np.reshape(history.loss, (epochs, -1)).mean(axis=1)
-    losses.semilogy(epoch_ends, mean_loss, "C0", label="mean of an epoch")
-    losses.set(title="Training loss", ylabel="cross-entropy")
+    losses.semilogy(epoch_ends, mean_loss, "C0", marker=dot, label="mean of an epoch")
+    losses.set(title="Training loss (noisy images)", ylabel="cross-entropy")
     for label, values in history.accuracy.items():
-        color = "C0" if label.startswith("training") else "C1"
-        thin = {"linewidth": 0.9, "alpha": 0.6} if "raw" in label else {}
-        accuracies.plot(epoch_ends, 100 * np.asarray(values), color, label=label, **thin)
+        color, percent = "C0" if "training" in label else "C1", np.multiply(100, values)
+        look = {"linewidth": 0.9, "alpha": 0.6} if "raw" in label else {"linewidth": 1.6}
+        accuracies.plot(epoch_ends, percent, color, marker=dot, label=label, **look)
     accuracies.axhline(100 * TARGET_ACCURACY, color="0.4", linestyle=":", label="target")
     if values[-1] > 0.9:  # the interesting part of a run that went well
         accuracies.set_ylim(90, 100.3)
-    accuracies.set(title=f"Accuracy (at the end {values[-1]:.2%})", ylabel="correct, %")
+    accuracies.set(title=f"Accuracy (test, averaged: {values[-1]:.2%})", ylabel="correct, %")
     rates.plot(steps, history.learning_rate, "C2", label="warm-up, then cosine")
     rates.set(title="Learning rate", ylabel="learning rate")
     for axes in panels:
-        axes.set_xlabel(f"step ({len(steps) // epochs} to an epoch)")
+        axes.set(xlabel=f"step ({len(steps) // epochs} to an epoch)", xlim=(0, len(steps) * 1.02))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

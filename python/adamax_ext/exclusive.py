@@ -32,8 +32,8 @@ def exclusive(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate
     def wrapper(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
-                f"{method.__name__}() was called while another call is running on the same optimizer "
-                "(in another thread, or in its own learning rate); expected one call at a time"
+                f"{method.__name__}() was called while another call is running on the same "
+                "optimizer (in another thread, or in its own learning rate); expected one at a time"
             )
         try:
             return method(self, *args, **kwargs)

@@ -32,7 +32,8 @@ def update(
     param : buffer of float32, float64, float16 or bfloat16, any shape
         Weights; overwritten.
     grad : buffer, same shape and memory order
-        Gradient. The dtype of `param`, or float32 for 16-bit weights, or 16 bits for float32 weights.
+        Gradient. The dtype of `param`, or float32 for 16-bit weights, or 16 bits for float32
+        weights.
     m, u : buffer of float32 (float64 for float64 weights), same shape and memory order
         First moment and infinity norm; zeros before the first step; overwritten.
     step : int
@@ -42,10 +43,11 @@ def update(
     weight_decay : float
         0 switches it off.
     decay : {"decoupled", "l2"}
-        ``w -= w * learning_rate * weight_decay`` before the step (Keras), or ``grad += w * weight_decay``
-        (torch).
+        ``w -= w * learning_rate * weight_decay`` before the step (Keras), or ``grad += w *
+        weight_decay`` (torch).
     epsilon_mode : {"outside", "inside"}
-        ``m / (u + epsilon)`` (Keras), or ``u = max(beta_2 * u, abs(grad) + epsilon)`` (torch, optax).
+        ``m / (u + epsilon)`` (Keras), or ``u = max(beta_2 * u, abs(grad) + epsilon)`` (torch,
+        optax).
     grad_scale : float
         Multiplies the gradient first.
     clipvalue : float, optional
@@ -58,8 +60,8 @@ def update(
     Raises
     ------
     ValueError
-        A setting out of range; buffers of different size or layout, with gaps, overlapping, or not in
-        host memory.
+        A setting out of range; buffers of different size or layout, with gaps, overlapping, or not
+        in host memory.
     TypeError
         An unsupported pair of dtypes, or an object without memory.
     BufferError
@@ -120,7 +122,7 @@ def global_norm(buffers: Iterable[Any]) -> float:
 
 
 def build_info() -> dict[str, Any]:
-    """Return version, compiler, kernel flags, instruction sets built and active, CUDA architectures."""
+    """Return version, compiler, kernel flags, instruction sets, OpenMP, CUDA architectures."""
     return _core.build_info()
 
 
@@ -143,8 +145,8 @@ def active_isa() -> str:
 def set_num_threads(n: int) -> None:
     """Use at most `n` threads for large steps; results do not depend on it.
 
-    The CPU affinity and the cgroup quota of the process are upper limits all the same. Without a call,
-    the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
+    The CPU affinity and the cgroup quota of the process are upper limits all the same. Without a
+    call, the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
 
     Raises
     ------

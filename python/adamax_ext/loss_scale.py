@@ -7,16 +7,17 @@ import numpy as np
 
 from adamax_ext import _settings, checkpoint
 from adamax_ext.exclusive import exclusive
-from adamax_ext.optimizer import Adamax, Array, Rate, as_sequence
+from adamax_ext.optimizer import Adamax, Rate
 from adamax_ext.saving import Saveable
+from adamax_ext.state import Array
 
 
 class LossScaleOptimizer(Saveable):
-    """Scale the loss so that small gradients survive 16-bit arithmetic, as Keras' class of that name.
+    """Scale the loss so that small gradients survive 16-bit arithmetic, as Keras' class does.
 
-    A call with an infinite or NaN gradient halves the scale and changes nothing else. Otherwise the inner
-    optimizer steps with the gradients divided by the scale; after `dynamic_growth_steps` such steps in a
-    row the scale doubles.
+    A call with an infinite or NaN gradient halves the scale and changes nothing else. Otherwise the
+    inner optimizer steps with the gradients divided by the scale; after `dynamic_growth_steps` such
+    steps in a row the scale doubles.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ class LossScaleOptimizer(Saveable):
     def apply(self, grads: Iterable[Any], variables: Iterable[Any] | None = None) -> int:
         """Step with gradients of the scaled loss, or halve the scale; see `Adamax.apply`."""
         inner = self.inner_optimizer
-        grads = as_sequence("grads", grads)
+        grads = _settings.sequence("grads", grads)
         if not grads:
             return inner.calls
         if inner.apply_scaled(grads, variables, 1.0 / self.dynamic_scale, require_finite=True):
@@ -120,8 +121,8 @@ class LossScaleOptimizer(Saveable):
     def variables(self) -> list[Array]:
         """State in Keras' order.
 
-        An iteration and a learning rate that nothing uses (both 0), counter, scale, then the variables of
-        the inner optimizer.
+        An iteration and a learning rate that nothing uses (both 0), counter, scale, then the
+        variables of the inner optimizer.
         """
         own: list[Array] = [
             np.array(0, np.int64),

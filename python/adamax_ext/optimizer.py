@@ -1,26 +1,18 @@
-"""`Adamax`: configuration and bookkeeping of training steps; one native call does the arithmetic."""
+"""`Adamax`: configuration and bookkeeping of steps; one native call does the arithmetic."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from adamax_ext import _core, _settings, checkpoint, schedules
+from adamax_ext.exclusion import Exclusion
 from adamax_ext.exclusive import exclusive
 from adamax_ext.saving import Saveable
+from adamax_ext.state import Array, State
 
-Array: TypeAlias = np.ndarray[Any, Any]
 Rate: TypeAlias = float | schedules.LearningRateSchedule | Callable[[], Any]
-
-
-def as_sequence(name: str, buffers: Any) -> Sequence[Any]:
-    """Return `buffers` as a list or tuple; TypeError for a single buffer, which would fall into rows."""
-    if isinstance(buffers, (list, tuple)):
-        return buffers
-    if isinstance(buffers, (str, bytes, Mapping)) or hasattr(buffers, "__array__"):
-        raise TypeError(f"{name} must be a sequence of buffers; received {type(buffers).__name__}")
-    return list(buffers)
 
 
 class Adamax(Saveable):
@@ -29,7 +21,8 @@ class Adamax(Saveable):
     Parameters
     ----------
     learning_rate : float, schedules.LearningRateSchedule or callable
-        Finite and >= 0. A schedule sees the number of completed calls; a callable takes no arguments.
+        Finite and >= 0. A schedule sees the number of completed calls; a callable takes no
+        arguments.
     beta_1, beta_2 : float in [0, 1)
         Decay of the first moment and of the infinity norm.
     epsilon : float > 0
@@ -47,8 +40,8 @@ class Adamax(Saveable):
     loss_scale_factor : float > 0, optional
         Divides the gradients; `scale_loss` multiplies the loss.
     gradient_accumulation_steps : int >= 2, optional
-        Update once in so many calls, with the mean gradient. The average of the weights and its overwriting
-        count updates, where Keras counts every call.
+        Update once in so many calls, with the mean gradient. The average of the weights and its
+        overwriting count updates, where Keras counts every call.
     name : str
         Name of the optimizer.
 
@@ -59,8 +52,9 @@ class Adamax(Saveable):
 
     Notes
     -----
-    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The first moment, infinity
-    norm, averages and accumulators are float64 for float64 weights and float32 for all others.
+    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The first moment,
+    infinity norm, averages and accumulators are float64 for float64 weights and float32 for all
+    others.
 
     Examples
     --------
@@ -126,23 +120,16 @@ class Adamax(Saveable):
         self.name = name
 
         self._calls = 0  # completed calls of apply(), micro-batches included
-        self._excluded_buffers: list[Any] = []
-        self._excluded_patterns: list[str] = []
+        self._exclusion = Exclusion()
+        self._state: State | None = None  # once built, with its plan
         self._plan: _core.Plan | None = None
-        self._variables: list[Any] = []
-        self._names: list[str] = []
-        self._decays: list[bool] = []
-        self._momentum: list[Array] = []
-        self._norm: list[Array] = []
-        self._averages: list[Array] | None = None
-        self._accumulators: list[Array] | None = None
 
-    # ---- Variables -------------------------------------------------------------------------------------
+    # ---- Variables -------------------------------------------------------------------------------
 
     @property
     def built(self) -> bool:
         """Whether the optimizer knows its variables."""
-        return self._plan is not None
+        return self._state is not None
 
     @exclusive
     def build(
@@ -160,8 +147,8 @@ class Adamax(Saveable):
         Raises
         ------
         TypeError, ValueError, BufferError
-            A buffer that cannot be a parameter; names that do not fit; other variables than those that
-            the optimizer was built with before.
+            A buffer that cannot be a parameter; names that do not fit; other variables than those
+            that the optimizer was built with before.
         """
         self._build(variables, names)
 
@@ -172,47 +159,30 @@ class Adamax(Saveable):
             if names is not None:
                 raise ValueError(f"names must be None for a mapping; received {names!r}")
             names, variables = list(variables), list(variables.values())
-        variables = list(as_sequence("variables", variables))
-        if self.built:
-            same = len(variables) == len(self._variables)
-            if not (same and all(map(lambda a, b: a is b, variables, self._variables))):
+        variables = list(_settings.sequence("variables", variables))
+        if self._state is not None:
+            known = self._state.variables
+            if [id(variable) for variable in variables] != [id(variable) for variable in known]:
                 raise ValueError(
-                    "variables must be those that the optimizer was built with; make a new optimizer "
-                    "for new variables"
+                    "variables must be those that the optimizer was built with; make a new "
+                    "optimizer for new variables"
                 )
             return
         names = [f"variable_{i}" for i in range(len(variables))] if names is None else list(names)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"names must be strings; received {names}")
         if len(names) != len(variables) or len(set(names)) != len(names):
             raise ValueError(
                 f"names must be one unique string for each of the {len(variables)} variables; "
                 f"received {names}"
             )
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError(f"names must be strings; received {names}")
-
-        layouts = [_core.describe(v, "variables", i) for i, v in enumerate(variables)]
-        self._decays = self._decayed(variables, names, [layout[3] for layout in layouts])
-
-        def zeros() -> list[Array]:
-            return [_zeros(shape, strides, dtype) for shape, strides, dtype, _ in layouts]
-
-        self._momentum, self._norm = zeros(), zeros()
-        self._averages = zeros() if self.use_ema else None
-        self._accumulators = zeros() if self.gradient_accumulation_steps else None
-        self._names = names
-        self._plan = self._make_plan(variables, self._decays)
-        self._variables = variables
-
-    def _make_plan(self, variables: list[Any], decays: list[bool]) -> _core.Plan:
-        return _core.Plan(
-            variables,
-            self._names,
-            self._momentum,
-            self._norm,
-            self._averages,
-            self._accumulators,
-            decays,
+        decays = self._exclusion.decays(variables, names)
+        state = State.allocate(
+            variables, names, decays, self.use_ema, self.gradient_accumulation_steps is not None
         )
+        self._plan = state.plan()
+        self._state = state
+        self._exclusion = Exclusion()  # lets go of its buffers
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
@@ -233,64 +203,31 @@ class Adamax(Saveable):
         """
         if self.built:
             raise ValueError("exclude_from_weight_decay() must be called before build()")
-        if isinstance(var_names, str):
-            raise TypeError(f"var_names must be a sequence of strings; received {var_names!r}")
-        patterns = list(var_names or [])
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"var_names must be regular expressions; received {pattern!r}: {error}"
-                ) from error
-        self._excluded_buffers = list(as_sequence("var_list", var_list or []))
-        self._excluded_patterns = patterns
-
-    def _decayed(self, variables: list[Any], names: list[str], addresses: list[int]) -> list[bool]:
-        excluded = {id(buffer) for buffer in self._excluded_buffers}
-        places = set()
-        for i, buffer in enumerate(self._excluded_buffers):
-            places.add(_core.describe(buffer, "var_list", i)[3])
-        return [
-            id(variable) not in excluded
-            and address not in places
-            and not any(re.search(pattern, name) for pattern in self._excluded_patterns)
-            for variable, name, address in zip(variables, names, addresses, strict=True)
-        ]
+        self._exclusion = Exclusion(var_list, var_names)
 
     @property
     def variables(self) -> list[Array]:
         """State in Keras' order.
 
-        Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then momentum
-        and norm of each variable. The first two are copies, the others live arrays.
+        Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then
+        momentum and norm of each variable. The first two are copies, the others live arrays.
         """
         scalars: list[Array] = [np.array(self._calls, np.int64)]
         if isinstance(self._learning_rate, float):
             scalars.append(np.array(self._learning_rate, np.float32))
-        pairs = [array for pair in zip(self._momentum, self._norm, strict=True) for array in pair]
-        return [*scalars, *(self._averages or []), *(self._accumulators or []), *pairs]
+        return scalars + (self._state.in_keras_order() if self._state else [])
 
     @property
     def state(self) -> dict[str, dict[str, Array]]:
-        """Live arrays of each variable by name: momentum, norm, average and gradient_accumulator if kept."""
-        kinds = {
-            "momentum": self._momentum,
-            "norm": self._norm,
-            "average": self._averages,
-            "gradient_accumulator": self._accumulators,
-        }
-        return {
-            name: {kind: arrays[i] for kind, arrays in kinds.items() if arrays is not None}
-            for i, name in enumerate(self._names)
-        }
+        """Live arrays by name and kind: momentum, norm, average, gradient_accumulator if kept."""
+        return self._state.by_name() if self._state else {}
 
     @property
     def calls(self) -> int:
         """Number of completed calls of `apply`, micro-batches included."""
         return self._calls
 
-    # ---- Steps -----------------------------------------------------------------------------------------
+    # ---- Steps -----------------------------------------------------------------------------------
 
     def apply(self, grads: Iterable[Any], variables: Iterable[Any] | None = None) -> int:
         """Do one training step in place.
@@ -298,11 +235,12 @@ class Adamax(Saveable):
         Parameters
         ----------
         grads : sequence of buffers or None
-            Gradients, each with shape and memory order of its variable. A variable whose gradient is None
-            is skipped with a warning. An empty sequence does nothing.
+            Gradients, each with shape and memory order of its variable. A variable whose gradient
+            is None is skipped with a warning. An empty sequence does nothing.
         variables : sequence of buffers, optional
-            The variables that `grads` belong to, in that order: those of `build`, some of them, or other
-            objects for the same memory. By default all of them. Builds the optimizer on the first call.
+            The variables that `grads` belong to, in that order: those of `build`, some of them, or
+            other objects for the same memory. By default all of them. Builds the optimizer on the
+            first call.
 
         Returns
         -------
@@ -330,13 +268,13 @@ class Adamax(Saveable):
     ) -> bool:
         """Do one training step with `grad_scale` times the gradients, for `LossScaleOptimizer`.
 
-        Returns False, with nothing changed and no call counted, if `require_finite` is set and a gradient
-        is infinite or NaN.
+        Returns False, with nothing changed and no call counted, if `require_finite` is set and a
+        gradient is infinite or NaN.
         """
-        grads = as_sequence("grads", grads)
+        grads = _settings.sequence("grads", grads)
         if not grads:
             return True
-        variables = None if variables is None else as_sequence("variables", variables)
+        variables = None if variables is None else _settings.sequence("variables", variables)
         if self._plan is None:
             if variables is None:
                 raise ValueError("variables must be given to apply() before build() was called")
@@ -388,7 +326,9 @@ class Adamax(Saveable):
             return
         if self._plan is None:
             raise ValueError("finalize_variable_values() must be called after build()")
-        self._plan.overwrite(None if variables is None else as_sequence("variables", variables))
+        self._plan.overwrite(
+            None if variables is None else _settings.sequence("variables", variables)
+        )
 
     @property
     def iterations(self) -> int:
@@ -405,9 +345,9 @@ class Adamax(Saveable):
         rate = _checked_rate(value)
         if isinstance(rate, float) and not isinstance(self._learning_rate, float):
             raise TypeError(
-                f"learning_rate is {self._learning_rate!r}, which a number ({value!r}) cannot replace: "
-                "it would be lost without notice. Set another schedule or callable, or make the optimizer "
-                "with a number"
+                f"learning_rate is {self._learning_rate!r}, which a number ({value!r}) cannot "
+                "replace: it would be lost without notice. Set another schedule or callable, or "
+                "make the optimizer with a number"
             )
         self._learning_rate = rate
 
@@ -419,7 +359,7 @@ class Adamax(Saveable):
             return float(rate(self._calls))
         return float(rate())
 
-    # ---- Configuration ---------------------------------------------------------------------------------
+    # ---- Configuration ---------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as JSON values, in Keras' format."""
@@ -429,8 +369,8 @@ class Adamax(Saveable):
             learning_rate = self._learning_rate
         else:
             raise TypeError(
-                f"a callable learning rate ({self._learning_rate!r}) has no config; expected a number "
-                "or a schedule"
+                f"a callable learning rate ({self._learning_rate!r}) has no config; expected a "
+                "number or a schedule"
             )
         return {
             "name": self.name,
@@ -446,18 +386,18 @@ class Adamax(Saveable):
             arguments["learning_rate"] = schedules.deserialize(arguments["learning_rate"])
         return cls(**arguments)
 
-    # ---- Saving and loading (the public methods are those of Saveable) ----------------------------------
+    # ---- Saving and loading (the public methods are those of Saveable) ---------------------------
 
     def _state_dict(self) -> dict[str, Any]:
+        assert self._state is not None
+        pairs = zip(self._state.names, self._state.decays, strict=True)
         return {
             "format_version": checkpoint.FORMAT_VERSION,
             "calls": self._calls,
             "learning_rate": self._learning_rate
             if isinstance(self._learning_rate, float)
             else None,
-            "excluded_from_weight_decay": [
-                name for name, decays in zip(self._names, self._decays, strict=True) if not decays
-            ],
+            "excluded_from_weight_decay": [name for name, decays in pairs if not decays],
             "state": {
                 name: {kind: array.copy() for kind, array in arrays.items()}
                 for name, arrays in self.state.items()
@@ -467,32 +407,31 @@ class Adamax(Saveable):
     def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
         checkpoint.require_format(state_dict, _STATE_KEYS)
         calls = _settings.integer("calls", state_dict["calls"], least=0)
-        learning_rate = state_dict["learning_rate"]
-        if (learning_rate is None) == isinstance(self._learning_rate, float):
+        rate, saved_rate = self._learning_rate, state_dict["learning_rate"]
+        if (saved_rate is None) == isinstance(rate, float):
             raise ValueError(
-                f"learning_rate of the state_dict is {learning_rate!r}, but the optimizer has "
-                f"{self._learning_rate!r}; expected both to be numbers, or neither"
+                f"learning_rate of the state_dict is {saved_rate!r}, of the optimizer {rate!r}; "
+                "expected both to be numbers, or neither"
             )
-        rate = self._learning_rate
-        if learning_rate is not None:
-            rate = _settings.not_negative("learning_rate", learning_rate)
-        excluded = state_dict["excluded_from_weight_decay"]
-        if not set(excluded) <= set(self._names):
+        if saved_rate is not None:
+            rate = _settings.not_negative("learning_rate", saved_rate)
+        assert self._state is not None
+        names, excluded = self._state.names, state_dict["excluded_from_weight_decay"]
+        if not set(excluded) <= set(names):
             raise ValueError(
-                f"excluded_from_weight_decay must name built variables, {self._names}; "
+                f"excluded_from_weight_decay must name built variables, {names}; "
                 f"received {excluded}"
             )
-        state, own = state_dict["state"], self.state
-        checkpoint.require_like(state, own)
-        decays = [name not in excluded for name in self._names]
-        plan = self._make_plan(self._variables, decays)
+        own, loaded = self.state, state_dict["state"]
+        checkpoint.require_like(loaded, own)
+        state = dataclasses.replace(self._state, decays=[name not in excluded for name in names])
+        plan = state.plan()
 
         def commit() -> None:
-            self._calls, self._learning_rate = calls, rate
-            self._decays, self._plan = decays, plan
+            self._calls, self._learning_rate, self._state, self._plan = calls, rate, state, plan
             for name, arrays in own.items():
                 for kind, array in arrays.items():
-                    array[...] = state[name][kind]
+                    array[...] = loaded[name][kind]
 
         return commit
 
@@ -518,8 +457,8 @@ class Adamax(Saveable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._names:
-            self._plan = self._make_plan(self._variables, self._decays)
+        if self._state is not None:
+            self._plan = self._state.plan()
 
 
 # Settings that get_config() copies as they are.
@@ -545,10 +484,3 @@ def _checked_rate(value: Any) -> Rate:
         return value  # type: ignore[no-any-return]
     wanted = ">= 0, a schedule, or a callable without arguments"
     return _settings.real("learning_rate", value, wanted, lambda x: x >= 0)
-
-
-def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Array:
-    """Return zeros whose axes lie in memory in the order that `strides` tell."""
-    slowest_first = sorted(range(len(shape)), key=lambda axis: -strides[axis])
-    array = np.zeros([shape[axis] for axis in slowest_first], dtype)
-    return array.transpose(np.argsort(slowest_first))

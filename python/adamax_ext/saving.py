@@ -1,4 +1,4 @@
-"""Saving and loading, shared by the optimizers: everything is checked first, then loaded at once."""
+"""Saving and loading, shared by the optimizers: check everything first, then load at once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -29,7 +29,7 @@ class Saveable(Exclusive, ABC):
 
     @abstractmethod
     def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        """Check what `_state_dict` of another optimizer returned; the result loads it, without failing."""
+        """Check what another `_state_dict` returned; the result loads it, without failing."""
 
     @abstractmethod
     def prepare_variables(self, weights: list[np.ndarray[Any, Any]]) -> Callable[[], None]:
@@ -41,7 +41,7 @@ class Saveable(Exclusive, ABC):
 
     @exclusive
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that training changes, and which variables have no weight decay.
+        """Return a copy of everything that training changes, and what has no weight decay.
 
         Raises
         ------
@@ -58,8 +58,8 @@ class Saveable(Exclusive, ABC):
         Raises
         ------
         ValueError
-            The optimizer is not built, or version, names, arrays, shapes or dtypes differ. Nothing has
-            changed then.
+            The optimizer is not built, or version, names, arrays, shapes or dtypes differ. Nothing
+            has changed then.
         """
         self._require_built()
         self.prepare_state_dict(state_dict)()
@@ -67,8 +67,8 @@ class Saveable(Exclusive, ABC):
     def save(self, path: checkpoint.PathLike) -> None:
         """Write `state_dict()` to a safetensors file.
 
-        A file that is there is replaced at once when the new one is complete on disk; an interruption at
-        any moment leaves the old or the new one.
+        A file that is there is replaced at once when the new one is complete on disk; an
+        interruption at any moment leaves the old or the new one.
 
         Parameters
         ----------
@@ -101,7 +101,8 @@ class Saveable(Exclusive, ABC):
         Raises
         ------
         ValueError
-            The optimizer is not built, or number, shapes or dtypes differ. Nothing has changed then.
+            The optimizer is not built, or number, shapes or dtypes differ. Nothing has changed
+            then.
         """
         self._require_built()
         self.prepare_variables([np.array(weight) for weight in weights])()

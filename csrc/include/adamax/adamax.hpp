@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/dtypes.hpp"
+#include "adamax/dtypes.hpp"
 
 namespace adamax {
 

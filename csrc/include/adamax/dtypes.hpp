@@ -1,4 +1,4 @@
-// Storage types, the visible list of (parameter, gradient) pairs, and the bit-level conversions.
+// Storage types and the visible list of (parameter, gradient) pairs.
 //
 // Plain data only: kernel units include this file under their own instruction-set flags.
 #pragma once

@@ -1,0 +1,39 @@
+"""Which variables are excluded from weight decay."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from adamax_ext import _core, _settings
+
+
+class Exclusion:
+    """Buffers and regular expressions for names; by default nothing is excluded."""
+
+    def __init__(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        self._buffers = list(_settings.sequence("var_list", var_list or []))
+        if isinstance(var_names, str):
+            raise TypeError(f"var_names must be a sequence of strings; received {var_names!r}")
+        self._patterns = list(var_names or [])
+        for pattern in self._patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"var_names must be regular expressions; received {pattern!r}: {error}"
+                ) from error
+
+    def decays(self, variables: list[Any], names: list[str]) -> list[bool]:
+        """Return whether each variable has weight decay."""
+        excluded = {_address(buffer, "var_list", i) for i, buffer in enumerate(self._buffers)}
+        return [
+            _address(variable, "variables", i) not in excluded
+            and not any(re.search(pattern, name) for pattern in self._patterns)
+            for i, (variable, name) in enumerate(zip(variables, names, strict=True))
+        ]
+
+
+def _address(buffer: Any, role: str, index: int) -> int:
+    return _core.describe(buffer, role, index)[3]

@@ -1,0 +1,79 @@
+// Trains two small variables through the installed C++ API and prints every array as hexadecimal bits,
+// for the Python tests to compare with the reference.
+#include <adamax/adamax.hpp>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+namespace {
+
+// Numbers that are exact in bfloat16 and the same in every language: small integers over 64.
+float number(int i, int step) { return static_cast<float>((i * 37 + step * 11) % 101 - 50) / 64; }
+
+template <class T>
+void print(const char* name, std::span<const T> values) {
+  std::printf("%s", name);
+  for (const T& value : values) {
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    std::printf(" %0*llx", static_cast<int>(2 * sizeof(T)), static_cast<unsigned long long>(bits));
+  }
+  std::printf("\n");
+}
+
+adamax::BFloat16 to_bfloat16(float exact) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &exact, sizeof(bits));
+  return {static_cast<std::uint16_t>(bits >> 16)};
+}
+
+}  // namespace
+
+int main() {
+  constexpr int kFloats = 37, kHalves = 21, kSteps = 5;
+  std::vector<float> weights(kFloats), gradient(kFloats), m(kFloats), u(kFloats), average(kFloats);
+  std::vector<adamax::BFloat16> half_weights(kHalves), half_gradient(kHalves);
+  std::vector<float> half_m(kHalves), half_u(kHalves), half_average(kHalves);
+  for (int i = 0; i < kFloats; ++i) weights[i] = number(i, 100);
+  for (int i = 0; i < kHalves; ++i) half_weights[i] = to_bfloat16(number(i, 200));
+
+  const adamax::Variable variables[] = {
+      adamax::variable<float, const float>(weights, gradient, m, u, average),
+      adamax::variable<adamax::BFloat16, const adamax::BFloat16>(half_weights, half_gradient,
+                                                                  half_m, half_u, half_average),
+  };
+  adamax::Hyperparameters hyperparameters;
+  hyperparameters.learning_rate = 0.02;
+  hyperparameters.beta_1 = 0.8;
+  hyperparameters.beta_2 = 0.95;
+  hyperparameters.epsilon = 1e-5;
+  hyperparameters.weight_decay = 0.1;
+  hyperparameters.global_clipnorm = 0.75;
+  hyperparameters.ema_momentum = 0.7;
+  for (int step = 1; step <= kSteps; ++step) {
+    for (int i = 0; i < kFloats; ++i) gradient[i] = number(i, step);
+    for (int i = 0; i < kHalves; ++i) half_gradient[i] = to_bfloat16(number(i, step + 50));
+    adamax::step(variables, hyperparameters, {.step = step});
+  }
+  print<float>("w", weights);
+  print<float>("m", m);
+  print<float>("u", u);
+  print<float>("average", average);
+  print<adamax::BFloat16>("half_w", half_weights);
+  print<float>("half_m", half_m);
+  print<float>("half_u", half_u);
+  print<float>("half_average", half_average);
+  const adamax::ConstBuffer buffer{adamax::DType::kFloat32, kFloats, gradient.data()};
+  const double norm = adamax::global_norm({&buffer, 1});
+  print<double>("norm", {&norm, 1});
+
+  try {
+    adamax::step(variables, hyperparameters, {.step = 0});
+    std::printf("error none\n");
+  } catch (const std::invalid_argument& error) {
+    std::printf("error %s\n", error.what());
+  }
+}
