@@ -1,4 +1,5 @@
-// Imports memory: NumPy arrays directly, DLPack by its C table or its method, then the buffer protocol.
+// Imports memory: NumPy arrays directly, DLPack by its C table or its method, then the buffer
+// protocol.
 #include "bindings/buffer.hpp"
 
 #include <dlpack/dlpack.h>
@@ -17,14 +18,23 @@ constexpr const char* kDTypes = "float32, float64, float16 or bfloat16";
   throw py::type_error(label.text() + " has dtype " + received + "; expected " + kDTypes);
 }
 
-// ---- What a type offers, asked once a type ---------------------------------------------------------
+// ---- What a type offers, asked once a type
+// ---------------------------------------------------------
 
-enum class Protocol { kNumPy, kExchangeTable, kDLPack, kCudaArrayInterface, kBufferProtocol, kNone };
+enum class Protocol {
+  kNumPy,
+  kExchangeTable,
+  kDLPack,
+  kCudaArrayInterface,
+  kBufferProtocol,
+  kNone
+};
 
 struct TypeInfo {
   Protocol protocol = Protocol::kNone;
   const DLPackExchangeAPI* table = nullptr;
-  bool is_immutable = false;  // its arrays claim to be writable, or share memory, and must not change
+  bool is_immutable =
+      false;  // its arrays claim to be writable, or share memory, and must not change
 };
 
 const DLPackExchangeAPI* exchange_table(py::handle type) {
@@ -72,7 +82,8 @@ const TypeInfo& type_info(py::handle object) {
   return known->emplace(type, info).first->second;
 }
 
-// ---- NumPy -----------------------------------------------------------------------------------------
+// ---- NumPy
+// -----------------------------------------------------------------------------------------
 
 std::optional<DType> numpy_dtype(const py::dtype& dtype) {
   constexpr int kHalf = 23;  // NPY_HALF
@@ -145,7 +156,8 @@ void import_numpy(py::handle object, const Label& label, Access access, Buffer& 
   set_layout_of_bytes(buffer, label, array->nd, array->dimensions, array->strides);
 }
 
-// ---- DLPack ----------------------------------------------------------------------------------------
+// ---- DLPack
+// ----------------------------------------------------------------------------------------
 
 void require_host(const Label& label, int device_type, int device_id) {
   if (device_type == kDLCPU || device_type == kDLCUDAHost || device_type == kDLROCMHost) return;
@@ -193,9 +205,9 @@ py::object call_dlpack(py::handle object, const Label& label) {
   const auto method = object.attr("__dlpack__");
   try {
     try {
-      return method(py::arg("max_version") =
-                        py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION),
-                    py::arg("copy") = false);
+      return method(
+          py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION),
+          py::arg("copy") = false);
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;
       return method();  // an exporter from before DLPack 1.0
@@ -251,7 +263,8 @@ void import_by_table(py::handle object, const Label& label, const DLPackExchange
   import_dl_tensor(tensor, label, buffer);
 }
 
-// ---- The buffer protocol ---------------------------------------------------------------------------
+// ---- The buffer protocol
+// ---------------------------------------------------------------------------
 
 std::optional<DType> format_dtype(const char* format) {
   if (format == nullptr) return std::nullopt;

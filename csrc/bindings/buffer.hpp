@@ -71,9 +71,9 @@ class Leases {
 
 enum class Access { kRead, kWrite };
 
-// Imports a NumPy array, a DLPack exporter or an object with the buffer protocol that lies in host memory.
-// Throws TypeError (no memory, or a dtype that is not known), BufferError (read-only, closed or freed) or
-// ValueError (another device, strides that are no whole elements).
+// Imports a NumPy array, a DLPack exporter or an object with the buffer protocol that lies in host
+// memory. Throws TypeError (no memory, or a dtype that is not known), BufferError (read-only,
+// closed or freed) or ValueError (another device, strides that are no whole elements).
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer);
 

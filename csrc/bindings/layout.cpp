@@ -24,7 +24,8 @@ bool Layout::operator==(const Layout& other) const {
     while (axis < layout.axes && layout.shape[axis] == 1) ++axis;
     return axis;
   };
-  for (int i = next(*this, 0), j = next(other, 0);; i = next(*this, i + 1), j = next(other, j + 1)) {
+  for (int i = next(*this, 0), j = next(other, 0);;
+       i = next(*this, i + 1), j = next(other, j + 1)) {
     if (i >= axes || j >= other.axes) return i >= axes && j >= other.axes;
     if (shape[i] != other.shape[j] || strides[i] != other.strides[j]) return false;
   }

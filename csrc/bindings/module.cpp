@@ -88,7 +88,8 @@ double norm_of_buffers(const py::iterable& buffers) {
   return global_norm(imported);
 }
 
-// Shape and strides (in elements) as they are, dtype of the memory, dtype of the state, and the address.
+// Shape and strides (in elements) as they are, dtype of the memory, dtype of the state, and the
+// address.
 py::tuple describe(const py::object& object, const std::string& role, py::ssize_t index) {
   Leases leases;
   Buffer buffer;

@@ -27,20 +27,19 @@ class WrittenMemory {
               [](const Range& a, const Range& b) { return a.begin < b.begin; });
     for (std::size_t i = 1; i < ranges_.size(); ++i) {
       if (ranges_[i].begin < ranges_[i - 1].end) {
-        throw py::value_error(ranges_[i].label.text() + " overlaps " +
-                              ranges_[i - 1].label.text() +
+        throw py::value_error(ranges_[i].label.text() + " overlaps " + ranges_[i - 1].label.text() +
                               " in memory; expected separate memory for everything written");
       }
     }
   }
 
-  // A gradient may be the memory of its own parameter, which is read before it is written, and nothing
-  // else that is written. Throws ValueError otherwise.
+  // A gradient may be the memory of its own parameter, which is read before it is written, and
+  // nothing else that is written. Throws ValueError otherwise.
   void require_readable(const Buffer& grad, const Label& label, const Buffer& param) const {
     if (grad.size == 0) return;
     const char* const end = grad.data + grad.bytes();
-    const auto range = std::partition_point(
-        ranges_.begin(), ranges_.end(), [&](const Range& r) { return r.end <= grad.data; });
+    const auto range = std::partition_point(ranges_.begin(), ranges_.end(),
+                                            [&](const Range& r) { return r.end <= grad.data; });
     if (range == ranges_.end() || range->begin >= end) return;
     if (range->begin == param.data && grad.data == param.data && grad.bytes() == param.bytes()) {
       return;

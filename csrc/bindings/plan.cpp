@@ -39,8 +39,8 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
       require_same_layout(buffer, label(kStateRoles[s], i), param, label("variables", i));
       data[s] = buffer.data;
     }
-    entry.variable = {param.dtype, param.dtype, param.size, param.data, nullptr, data[0],
-                      data[1],     data[2],     data[3],    decays.at(i)};
+    entry.variable = {param.dtype, param.dtype, param.size, param.data, nullptr,
+                      data[0],     data[1],     data[2],    data[3],    decays.at(i)};
   }
   find_written_memory();
 }
@@ -53,11 +53,11 @@ void Plan::find_written_memory() {
   }
   written.seal();
   written_ = std::move(written);
+  written_is_current_ = true;
 }
 
 // A parameter may have moved (a tensor that was given new data) or been closed since the last step.
 void Plan::refresh_parameters(Leases& leases) {
-  bool moved = false;
   Buffer now;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
@@ -68,13 +68,14 @@ void Plan::refresh_parameters(Leases& leases) {
                            std::string(dtype_name(now.dtype)) + "; the optimizer was built with " +
                            std::string(dtype_name(planned.dtype)));
     }
-    require_same_layout(now, label("variables", i), planned, {"the variable at build", -1, nullptr});
+    require_same_layout(now, label("variables", i), planned,
+                        {"the variable at build", -1, nullptr});
     if (now.data == planned.data) continue;
-    moved = true;
+    written_is_current_ = false;  // also if a later variable is refused
     entry.buffer.data = now.data;
     entry.variable.param = now.data;
   }
-  if (moved) find_written_memory();
+  if (!written_is_current_) find_written_memory();
 }
 
 std::size_t Plan::index_of(py::handle variable, std::size_t position, Leases& leases) {

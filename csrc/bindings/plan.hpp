@@ -21,9 +21,9 @@ class Plan {
        const py::sequence& norm, const py::object& averages, const py::object& accumulators,
        const std::vector<bool>& decays);
 
-  // One call of the kernels. `grads` pairs with `variables`, or with all variables in order if that is
-  // None; a gradient that is None skips its variable, with a warning. Returns false, with nothing
-  // changed, if `require_finite` was asked for and a gradient is not finite.
+  // One call of the kernels. `grads` pairs with `variables`, or with all variables in order if that
+  // is None; a gradient that is None skips its variable, with a warning. Returns false, with
+  // nothing changed, if `require_finite` was asked for and a gradient is not finite.
   bool step(const py::sequence& grads, const py::object& variables,
             const Hyperparameters& hyperparameters, const Call& call);
 
@@ -52,6 +52,7 @@ class Plan {
   std::vector<Entry> entries_;
   std::unordered_map<PyObject*, std::size_t> index_by_identity_;
   WrittenMemory written_;
+  bool written_is_current_ = false;
   std::vector<Variable> variables_;  // of the present call
 };
 

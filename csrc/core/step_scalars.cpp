@@ -33,7 +33,8 @@ void check(const Hyperparameters& h, const Call& call) {
   require_positive("clipnorm", h.clipnorm);
   require_positive("global_clipnorm", h.global_clipnorm);
   require_positive("clipvalue", h.clipvalue);
-  const int clips = h.clipnorm.has_value() + h.global_clipnorm.has_value() + h.clipvalue.has_value();
+  const int clips =
+      h.clipnorm.has_value() + h.global_clipnorm.has_value() + h.clipvalue.has_value();
   require(clips <= 1, "clipnorm, global_clipnorm and clipvalue", "set one at a time", clips);
   require(h.ema_momentum >= 0 && h.ema_momentum <= 1, "ema_momentum", "in [0, 1]", h.ema_momentum);
   require(h.gradient_accumulation_steps >= 1, "gradient_accumulation_steps", ">= 1",

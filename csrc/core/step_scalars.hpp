@@ -1,4 +1,5 @@
-// The scalars of one step: computed in double from the step number alone, rounded once by the kernel.
+// The scalars of one step: computed in double from the step number alone, rounded once by the
+// kernel.
 //
 // Plain data only: kernel units include this file under their own instruction-set flags.
 #pragma once
@@ -13,8 +14,9 @@ enum class AverageMode : std::uint8_t {
   kKeep,     // the average is only read, to overwrite w with it
 };
 
-// Doubles here; a kernel rounds each to its compute type before the loop, the only rounding there is.
-// A setting that is off has its identity here: multiplying by 1 and clipping at infinity are exact.
+// Doubles here; a kernel rounds each to its compute type before the loop, the only rounding there
+// is. A setting that is off has its identity here: multiplying by 1 and clipping at infinity are
+// exact.
 struct StepScalars {
   double grad_scale = 1.0;  // s
   double mean_scale = 1.0;  // a = 1 / accumulation steps

@@ -1,7 +1,8 @@
 // The formula: Adamax (Kingma & Ba 2014, section 7.1), once, for every vector width and device.
 //
-// `V` is a vector of floats or doubles with + - * /, abs, maximum (propagates NaN), clamp (keeps NaN) and
-// zero_below. Every operation is one correctly rounded IEEE operation; the order is the contract.
+// `V` is a vector of floats or doubles with + - * /, abs, maximum (propagates NaN), clamp (keeps
+// NaN) and zero_below. Every operation is one correctly rounded IEEE operation; the order is the
+// contract.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +53,8 @@ struct VectorScalars {
         one_minus_ema_momentum(static_cast<T>(s.one_minus_ema_momentum)) {}
 };
 
-// Magnitude below which `m` and `u` become zero, so that a parameter whose gradient stays zero never
-// reaches subnormals, which x86 computes many times slower.
+// Magnitude below which `m` and `u` become zero, so that a parameter whose gradient stays zero
+// never reaches subnormals, which x86 computes many times slower.
 template <class T>
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 

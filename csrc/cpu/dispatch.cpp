@@ -9,8 +9,8 @@ namespace adamax {
 namespace cpu {
 namespace {
 
-// Tables that this processor runs, best last. The compiler's feature test asks CPUID for the instructions
-// and XCR0 whether the operating system saves the registers.
+// Tables that this processor runs, best last. The compiler's feature test asks CPUID for the
+// instructions and XCR0 whether the operating system saves the registers.
 std::vector<const KernelTable*> runnable_tables() {
   std::vector<const KernelTable*> tables{&scalar::kTable};
 #ifdef ADAMAX_X86

@@ -11,7 +11,8 @@
 
 namespace adamax::cpu {
 
-// The memory of one variable; every array has the variable's element count. Unused streams are null.
+// The memory of one variable; every array has the variable's element count. Unused streams are
+// null.
 struct Streams {
   void* param;
   const void* grad;

@@ -1,10 +1,11 @@
 // The loops around the formula, written once; each kernel unit compiles them for its own vectors.
 //
-// Included inside an unnamed namespace in which F32 and F64 are the vectors of that unit, so that no
-// template compiled under one unit's flags can be merged with another's.
+// Included inside an unnamed namespace in which F32 and F64 are the vectors of that unit, so that
+// no template compiled under one unit's flags can be merged with another's.
 
-// How a vector reaches memory: whole, or the first `count` elements through a small buffer. Loops run the
-// same body with both, so that a tail is computed by the same expression as everything else.
+// How a vector reaches memory: whole, or the first `count` elements through a small buffer. Loops
+// run the same body with both, so that a tail is computed by the same expression as everything
+// else.
 struct Whole {
   template <class V, class S>
   [[gnu::always_inline]] static V load(const S* p) {
@@ -41,9 +42,9 @@ template <class V, class Body>
   if (i < end) body(Partial{static_cast<int>(end - i)}, i);
 }
 
-// Note [Prefetch]: the hardware prefetchers stop at every 4 KiB page, and four to six streams share them.
-// Asking for each line kPrefetchBytes early keeps memory busy across pages. A prefetch past the end of an
-// array does not fault and reads nothing.
+// Note [Prefetch]: the hardware prefetchers stop at every 4 KiB page, and four to six streams share
+// them. Asking for each line kPrefetchBytes early keeps memory busy across pages. A prefetch past
+// the end of an array does not fault and reads nothing.
 constexpr std::int64_t kPrefetchBytes = 1024;
 
 template <class V, class S>

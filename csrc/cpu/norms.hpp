@@ -25,8 +25,8 @@ double norm_of(double sum_of_squares);
 void clip_coefficients(const Hyperparameters& hyperparameters, std::span<const Variable> variables,
                        std::span<const double> sums_of_squares, std::span<double> coefficients);
 
-// Exactly whether every element of the gradient is finite, where its sum of squares is not: for float64
-// the sum can overflow although every element is finite.
+// Exactly whether every element of the gradient is finite, where its sum of squares is not: for
+// float64 the sum can overflow although every element is finite.
 bool is_finite(const Variable& variable);
 
 }  // namespace adamax::cpu

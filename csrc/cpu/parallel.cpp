@@ -26,8 +26,8 @@ constexpr std::int64_t kBytesPerThread = 256 * 1024;
 std::atomic<int> requested_threads{0};  // by set_num_threads; 0: not called
 std::atomic<int> cpu_limit_override{0};
 
-// Note [Fork]: the threads of an OpenMP pool do not survive fork(), and the runtime would wait for them
-// for ever. A child therefore never enters an OpenMP construct.
+// Note [Fork]: the threads of an OpenMP pool do not survive fork(), and the runtime would wait for
+// them for ever. A child therefore never enters an OpenMP construct.
 std::atomic<bool> is_forked_child{false};
 #ifdef __unix__
 [[maybe_unused]] const int fork_handler =

@@ -12,8 +12,8 @@ class Team {
  public:
   explicit Team(int size) : size_(size) {}
 
-  // Calls work(i) for every i below count, each from one thread of the team. Every thread of the team
-  // calls this with the same `next`, which starts at 0.
+  // Calls work(i) for every i below count, each from one thread of the team. Every thread of the
+  // team calls this with the same `next`, which starts at 0.
   template <class Work>
   void share(std::atomic<std::int64_t>& next, std::int64_t count, const Work& work) const {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
@@ -33,7 +33,8 @@ void run_parallel(int threads, const std::function<void(const Team&)>& body);
 // Threads worth waking for that many bytes of traffic.
 int threads_for(std::int64_t bytes);
 
-// For tests: what an exhaustive machine would offer instead of affinity and quota; 0 asks the machine.
+// For tests: what an exhaustive machine would offer instead of affinity and quota; 0 asks the
+// machine.
 void override_cpu_limit(int cpus);
 
 }  // namespace adamax::cpu

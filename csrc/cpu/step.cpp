@@ -15,16 +15,16 @@ namespace adamax {
 namespace cpu {
 namespace {
 
-// Elements that a thread takes at a time: large enough that taking is free, small enough to even out
-// threads of unequal speed. A multiple of kBlock.
+// Elements that a thread takes at a time: large enough that taking is free, small enough to even
+// out threads of unequal speed. A multiple of kBlock.
 constexpr std::int64_t kChunk = 16 * kBlock;
 
 struct Piece {
   std::int64_t variable, begin, end;
 };
 
-// Pieces of variables in order, grouped into chunks of about kChunk elements: large variables are cut,
-// small ones share a chunk. The cuts do not depend on the number of threads.
+// Pieces of variables in order, grouped into chunks of about kChunk elements: large variables are
+// cut, small ones share a chunk. The cuts do not depend on the number of threads.
 class Work {
  public:
   template <class SizeOf>
@@ -128,7 +128,8 @@ class Step {
  private:
   bool averages_micro_batches() const { return hyperparameters_.gradient_accumulation_steps > 1; }
   bool clips_by_norm() const {
-    return !call_.accumulate_only && (hyperparameters_.clipnorm || hyperparameters_.global_clipnorm);
+    return !call_.accumulate_only &&
+           (hyperparameters_.clipnorm || hyperparameters_.global_clipnorm);
   }
 
   void check(const Variable& v) const {
@@ -153,7 +154,8 @@ class Step {
         if (!averaged) streams.accumulator = nullptr;
         double* const sums =
             block_sums_.data() + first_block_[piece.variable] + piece.begin / kBlock;
-        table_.squares[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end, scalars_, sums);
+        table_.squares[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end, scalars_,
+                                                       sums);
       }
     });
     team.barrier();
@@ -178,15 +180,16 @@ class Step {
     const Streams streams = streams_of(v);
     if (call_.accumulate_only) {
       if (v.grad != nullptr) {
-        table_.accumulate[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end, scalars_);
+        table_.accumulate[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end,
+                                                          scalars_);
       }
     } else if (v.grad != nullptr) {
       const Rule rule{decay_rule(v),
                       hyperparameters_.epsilon_mode == EpsilonMode::kInside ? EpsilonRule::kInside
                                                                             : EpsilonRule::kOutside,
                       v.average != nullptr, averages_micro_batches()};
-      table_.update[pairs_[piece.variable]][index_of(rule)](streams, piece.begin, piece.end, scalars_,
-                                          clips_.empty() ? 1.0 : clips_[piece.variable]);
+      table_.update[pairs_[piece.variable]][index_of(rule)](
+          streams, piece.begin, piece.end, scalars_, clips_.empty() ? 1.0 : clips_[piece.variable]);
     } else if (v.average != nullptr) {
       table_.average[static_cast<int>(v.param_dtype)](streams, piece.begin, piece.end, scalars_);
     }
@@ -252,15 +255,16 @@ double global_norm(std::span<const ConstBuffer> buffers) {
       for (const cpu::Piece& piece : work.chunk(chunk)) {
         const ConstBuffer& buffer = buffers[piece.variable];
         const cpu::Streams streams{nullptr, buffer.data, nullptr, nullptr, nullptr, nullptr};
-        table.squares[static_cast<int>(buffer.dtype)](streams, piece.begin, piece.end, StepScalars{},
-                                       &sums[first_block[piece.variable] + piece.begin / cpu::kBlock]);
+        table.squares[static_cast<int>(buffer.dtype)](
+            streams, piece.begin, piece.end, StepScalars{},
+            &sums[first_block[piece.variable] + piece.begin / cpu::kBlock]);
       }
     });
   });
   double total = 0.0;
   for (std::size_t i = 0; i < buffers.size(); ++i) {
-    total += cpu::fold_blocks(
-        std::span(sums).subspan(first_block[i], cpu::num_blocks(buffers[i].size)));
+    total +=
+        cpu::fold_blocks(std::span(sums).subspan(first_block[i], cpu::num_blocks(buffers[i].size)));
   }
   return cpu::norm_of(total);
 }

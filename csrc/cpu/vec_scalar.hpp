@@ -42,7 +42,8 @@ inline Float16 to_float16(float x) {
     half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
   } else if (magnitude >= 0x47800000u) {  // 2^16 and more, infinity too
     half = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {  // 2^-14: normal; the carry may reach infinity, as it should
+  } else if (magnitude >=
+             0x38800000u) {  // 2^-14: normal; the carry may reach infinity, as it should
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   } else {  // adding 0.5 leaves the rounded subnormal in the low bits of the sum
     half = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
@@ -91,7 +92,9 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
   friend Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
   friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
-  friend Vec abs(Vec a) { return Vec(sizeof(T) == 4 ? T(__builtin_fabsf(float(a.v))) : T(__builtin_fabs(a.v))); }
+  friend Vec abs(Vec a) {
+    return Vec(sizeof(T) == 4 ? T(__builtin_fabsf(float(a.v))) : T(__builtin_fabs(a.v)));
+  }
   friend Vec maximum(Vec a, Vec b) { return Vec(a.v > b.v || a.v != a.v ? a.v : b.v); }
   friend Vec clamp(Vec a, Vec limit) {
     return Vec(a.v < -limit.v ? -limit.v : a.v > limit.v ? limit.v : a.v);

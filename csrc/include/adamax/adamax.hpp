@@ -1,8 +1,10 @@
-// The public C++ API: variables, hyperparameters, and one call that does a training step on all of them.
+// The public C++ API: variables, hyperparameters, and one call that does a training step on all of
+// them.
 //
-// The formula, its order and its bits are those of the README's "What is promised"; the rules for memory
-// are these: every array of a variable has the same element count, any alignment is accepted, and no two
-// written arrays overlap. The caller keeps the memory alive for the duration of the call.
+// The formula, its order and its bits are those of the README's "What is promised"; the rules for
+// memory are these: every array of a variable has the same element count, any alignment is
+// accepted, and no two written arrays overlap. The caller keeps the memory alive for the duration
+// of the call.
 #pragma once
 
 #include <cstddef>
@@ -57,9 +59,9 @@ struct Call {
 struct Variable {
   DType param_dtype;
   DType grad_dtype;
-  std::int64_t size;            // elements
+  std::int64_t size;  // elements
   void* param;
-  const void* grad;             // null: skipped, but its average is updated
+  const void* grad;  // null: skipped, but its average is updated
   void* momentum;
   void* norm;
   void* average = nullptr;      // null: no average is kept
@@ -78,8 +80,8 @@ constexpr DType dtype_of() {
 template <class P>
 using state_t = std::conditional_t<std::is_same_v<P, double>, double, float>;
 
-// Throws std::invalid_argument when the element counts differ. `grad` may be empty to skip the variable,
-// `average` and `accumulator` may be empty when they are not used.
+// Throws std::invalid_argument when the element counts differ. `grad` may be empty to skip the
+// variable, `average` and `accumulator` may be empty when they are not used.
 template <class P, class G>
 Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> momentum,
                   std::span<state_t<P>> norm, std::span<state_t<P>> average = {},
@@ -87,8 +89,8 @@ Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> m
   const auto check = [&](const char* name, std::size_t size, bool optional) {
     if (size != param.size() && !(optional && size == 0)) {
       throw std::invalid_argument(std::string(name) + " must have the " +
-                                  std::to_string(param.size()) +
-                                  " elements of param; received " + std::to_string(size));
+                                  std::to_string(param.size()) + " elements of param; received " +
+                                  std::to_string(size));
     }
   };
   check("grad", grad.size(), true);
@@ -107,9 +109,9 @@ Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> m
           accumulator.empty() ? nullptr : accumulator.data()};
 }
 
-// Does one training step in place. Returns false, with nothing changed, if `require_finite` was asked for
-// and a gradient is not finite. Throws std::invalid_argument, before anything is written, for a setting out
-// of range, an unsupported pair of types or a missing array.
+// Does one training step in place. Returns false, with nothing changed, if `require_finite` was
+// asked for and a gradient is not finite. Throws std::invalid_argument, before anything is written,
+// for a setting out of range, an unsupported pair of types or a missing array.
 bool step(std::span<const Variable> variables, const Hyperparameters& hyperparameters,
           const Call& call);
 
@@ -131,8 +133,8 @@ double global_norm(std::span<const ConstBuffer> buffers);
 std::vector<std::string> available_isas();
 std::string active_isa();
 
-// Threads for large steps: at most `n`, the processors of the affinity mask and the cgroup's quota. Without
-// a call, ADAMAX_EXT_NUM_THREADS, then OMP_NUM_THREADS, stand for `n`.
+// Threads for large steps: at most `n`, the processors of the affinity mask and the cgroup's quota.
+// Without a call, ADAMAX_EXT_NUM_THREADS, then OMP_NUM_THREADS, stand for `n`.
 void set_num_threads(int n);
 int get_num_threads();
 

@@ -1,5 +1,5 @@
-// Trains two small variables through the installed C++ API and prints every array as hexadecimal bits,
-// for the Python tests to compare with the reference.
+// Trains two small variables through the installed C++ API and prints every array as hexadecimal
+// bits, for the Python tests to compare with the reference.
 #include <adamax/adamax.hpp>
 #include <cstdint>
 #include <cstdio>
@@ -43,7 +43,7 @@ int main() {
   const adamax::Variable variables[] = {
       adamax::variable<float, const float>(weights, gradient, m, u, average),
       adamax::variable<adamax::BFloat16, const adamax::BFloat16>(half_weights, half_gradient,
-                                                                  half_m, half_u, half_average),
+                                                                 half_m, half_u, half_average),
   };
   adamax::Hyperparameters hyperparameters;
   hyperparameters.learning_rate = 0.02;

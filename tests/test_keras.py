@@ -1,0 +1,416 @@
+"""Adamax against the live Keras optimizer: each setting, configs and saved state both ways."""
+
+import copy
+import inspect
+import json
+import types
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from adamax_ext import Adamax, schedules
+from test_schedules import load_keras
+
+SHAPES = {"kernel": (7, 13), "bias": (13,), "gain": (), "deep_kernel": (3, 4, 5), "deep_bias": (5,)}
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def keras():
+    return load_keras()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What both compute in, and what may then lie between them.
+
+    Errors are relative to the largest magnitude of an array: in single elements of `m`, and of the
+    weights, terms of either sign cancel and leave the rounding errors of what they were before.
+    """
+
+    dtype: str
+    state: float
+    weights: float
+
+    def require_close(self, actual, expected, tolerance, what):
+        actual, expected = np.asarray(actual), np.asarray(expected)
+        assert actual.shape == expected.shape, what
+        difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+        assert np.isfinite(difference).all(), what
+        assert difference.max() <= tolerance * np.abs(expected).max(), what
+
+
+FLOAT32 = Precision("float32", 1e-6, 2e-6)
+FLOAT64 = Precision("float64", 1e-13, 1e-13)
+
+
+@pytest.fixture(params=[FLOAT32, FLOAT64], ids=lambda precision: precision.dtype)
+def precision(request, keras):
+    """Keras computing rates and state in this dtype: in float64, no formula hides behind rounding."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(request.param.dtype)
+    try:
+        if request.param.dtype not in str(keras.ops.convert_to_tensor(0.1).dtype):
+            pytest.skip(f"the {keras.backend.backend()} backend of keras computes in float32 only")
+        yield request.param
+    finally:
+        keras.config.set_floatx(before)
+
+
+def make_weights(dtype="float32"):
+    rng = np.random.default_rng(7)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def make_grads(call, dtype="float32"):
+    """Gradients of different size from call to call, now and then zero for one variable."""
+    rng = np.random.default_rng(1000 + call)
+    grads = [rng.normal(size=shape) for shape in SHAPES.values()]
+    size = 10 ** rng.uniform(-1.0, 0.5)
+    return [np.array(g * size * (rng.random() > 0.1), dtype) for g in grads]
+
+
+class Pair:
+    """Our optimizer and Keras', each on its own copy of the same weights."""
+
+    def __init__(self, keras, ours, theirs, dtype="float32"):
+        self.keras, self.ours, self.theirs, self.dtype = keras, ours, theirs, dtype
+        self.weights = make_weights(dtype)
+        self.variables = [
+            keras.Variable(value.copy(), name=name, dtype=dtype)
+            for name, value in self.weights.items()
+        ]
+
+    def build(self):
+        self.ours.build(self.weights)
+        self.theirs.build(self.variables)
+        return self
+
+    def train(self, calls, before_call=lambda call: None):
+        for call in calls:
+            before_call(call)
+            self.train_ours(call)
+            self.train_theirs(make_grads(call, self.dtype))
+
+    def train_ours(self, call):
+        self.ours.apply(make_grads(call, self.dtype))
+
+    def train_theirs(self, grads):
+        self.theirs.apply([self.keras.ops.convert_to_tensor(g) for g in grads], self.variables)
+
+    def copy_weights(self, to_ours):
+        for (name, weight), variable in zip(self.weights.items(), self.variables, strict=True):
+            if to_ours:
+                weight[...] = variable.numpy()
+            else:
+                variable.assign(self.weights[name].copy())
+
+    def require_equal(self, precision, skip=()):
+        """Compare weights, and the state in Keras' order, where Keras tells by name what it is."""
+        for weight, variable in zip(self.weights.values(), self.variables, strict=True):
+            precision.require_close(weight, variable.numpy(), precision.weights, variable.name)
+        ours, theirs = self.ours.variables, self.theirs.variables
+        assert [a.shape for a in ours] == [tuple(v.shape) for v in theirs]
+        for array, variable in zip(ours, theirs, strict=True):
+            if variable.name == "iteration":
+                assert array == int(variable.numpy())
+            elif not variable.name.endswith(skip or "no name"):
+                loose = variable.name == "learning_rate" or variable.name.endswith("_average")
+                tolerance = precision.weights if loose else precision.state
+                if variable.name == "learning_rate":  # ours is written as float32 in any case
+                    tolerance = FLOAT32.weights
+                precision.require_close(array, variable.numpy(), tolerance, variable.name)
+
+
+def pair_of(keras, settings, dtype="float32"):
+    theirs = dict(settings)
+    rate = settings.get("learning_rate")
+    if isinstance(rate, schedules.LearningRateSchedule):
+        config = schedules.serialize(rate)
+        theirs["learning_rate"] = keras.optimizers.schedules.deserialize(config)
+    return Pair(keras, Adamax(**settings), keras.optimizers.Adamax(**theirs), dtype)
+
+
+SCHEDULES = [
+    schedules.ExponentialDecay(0.05, 30, 0.4, staircase=True),
+    schedules.PiecewiseConstantDecay([20, 70], [0.04, 0.01, 0.02]),
+    schedules.PolynomialDecay(0.05, 40, 0.01, 2.0, cycle=True),
+    schedules.InverseTimeDecay(0.05, 15, 0.8),
+    schedules.CosineDecay(0.01, 60, 0.1, warmup_target=0.05, warmup_steps=20),
+    schedules.CosineDecayRestarts(0.05, 25, 1.5, 0.8, 0.1),
+]
+BASE = {"learning_rate": 0.02}
+SETTINGS = [
+    {},
+    BASE,
+    *({"learning_rate": schedule} for schedule in SCHEDULES),
+    {"learning_rate": SCHEDULES[0], "gradient_accumulation_steps": 3},
+    {**BASE, "beta_1": 0.6},
+    {**BASE, "beta_1": 0.0},
+    {**BASE, "beta_2": 0.7},
+    {**BASE, "beta_2": 0.0},
+    {**BASE, "epsilon": 0.3},
+    {**BASE, "weight_decay": 0.4},
+    {**BASE, "clipnorm": 2.5},
+    {**BASE, "clipvalue": 0.4},
+    {**BASE, "global_clipnorm": 9.0},
+    {**BASE, "use_ema": True},
+    {**BASE, "use_ema": True, "ema_momentum": 0.7},
+    {**BASE, "use_ema": True, "ema_momentum": 0.0},
+    {**BASE, "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7},
+    {**BASE, "loss_scale_factor": 300.0, "epsilon": 0.01},
+    {**BASE, "gradient_accumulation_steps": 2},
+    {**BASE, "gradient_accumulation_steps": 7},
+    {**BASE, "gradient_accumulation_steps": 3, "clipnorm": 1.0, "weight_decay": 0.2},
+    {**BASE, "gradient_accumulation_steps": 3, "clipvalue": 0.3, "loss_scale_factor": 7.0},
+    {**BASE, "gradient_accumulation_steps": 3, "global_clipnorm": 4.0, "loss_scale_factor": 7.0},
+    {
+        "learning_rate": SCHEDULES[4],
+        "beta_1": 0.8,
+        "beta_2": 0.95,
+        "epsilon": 0.02,
+        "weight_decay": 0.1,
+        "global_clipnorm": 5.0,
+        "use_ema": True,
+        "ema_momentum": 0.9,
+        "ema_overwrite_frequency": 10,
+        "loss_scale_factor": 64.0,
+    },
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_hundred_steps_equal_keras(settings, precision, keras):
+    pair = pair_of(keras, settings, precision.dtype).build()
+    for end in (1, 10, STEPS):
+        pair.train(range(pair.ours.calls, end))
+        pair.require_equal(precision)
+        assert pair.ours.calls == end
+        assert pair.ours.iterations == int(pair.theirs.iterations)
+        assert pair.ours.learning_rate == pytest.approx(float(pair.theirs.learning_rate), rel=1e-6)
+    pair.ours.finalize_variable_values()
+    pair.theirs.finalize_variable_values(pair.variables)
+    pair.require_equal(precision)
+
+
+def test_every_setting_is_compared():
+    names = set(inspect.signature(Adamax).parameters) - {"name"}
+    defaults = {n: inspect.signature(Adamax).parameters[n].default for n in names}
+    assert names == {key for s in SETTINGS for key, value in s.items() if value != defaults[key]}
+
+
+def test_a_callable_rate_equals_keras(precision, keras):
+    now = {}
+    settings = {"learning_rate": lambda: now["rate"], "weight_decay": 0.3}
+    pair = pair_of(keras, settings, precision.dtype).build()
+    assert len(pair.ours.variables) == 1 + 2 * len(SHAPES)
+    pair.train(range(STEPS), lambda call: now.update(rate=0.05 / (1 + call)))
+    pair.require_equal(precision)
+
+
+def test_setting_the_rate_during_training_equals_keras(precision, keras):
+    pair = pair_of(keras, BASE, precision.dtype).build()
+    later = schedules.serialize(SCHEDULES[3])
+
+    def before_call(call):
+        if call == 30:
+            pair.ours.learning_rate = pair.theirs.learning_rate = 0.05
+        if call == 60:
+            pair.ours.learning_rate = schedules.deserialize(later)
+            pair.theirs.learning_rate = pair.keras.optimizers.schedules.deserialize(later)
+
+    pair.train(range(60), before_call)
+    pair.require_equal(precision)
+    pair.train(range(60, STEPS), before_call)
+    pair.require_equal(precision)
+
+
+# Which variables are excluded by list, which expressions, and which variables that makes.
+EXCLUSIONS = [
+    (["kernel", "gain"], [], {"kernel", "gain"}),
+    ([], ["bias"], {"bias", "deep_bias"}),
+    ([], ["^bias$", "d.*kernel"], {"bias", "deep_kernel"}),
+    (["gain"], ["^deep"], {"gain", "deep_kernel", "deep_bias"}),
+    ([], [], set()),
+]
+
+
+@pytest.mark.parametrize(("listed", "expressions", "excluded"), EXCLUSIONS)
+def test_exclusion_from_weight_decay_equals_keras(listed, expressions, excluded, precision, keras):
+    pair = pair_of(keras, {**BASE, "weight_decay": 0.5}, precision.dtype)
+    everywhere = pair_of(keras, {**BASE, "weight_decay": 0.5}, precision.dtype).build()
+    pair.ours.exclude_from_weight_decay([pair.weights[name] for name in listed], expressions)
+    variables = [v for v in pair.variables if v.name in listed]
+    pair.theirs.exclude_from_weight_decay(variables, expressions)
+    pair.build()
+    pair.train(range(STEPS))
+    pair.require_equal(precision)
+    everywhere.train(range(STEPS))
+    same = {n for n in SHAPES if np.array_equal(pair.weights[n], everywhere.weights[n])}
+    assert same == set(SHAPES) - excluded
+
+
+@pytest.mark.parametrize("frequency", [None, 4])
+def test_averages_count_updates_where_keras_counts_micro_batches(frequency, precision, keras):
+    """So ours under accumulation is compared with Keras on batches three times as large."""
+    ema = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": frequency}
+    pair = pair_of(keras, {**BASE, **ema}, precision.dtype)
+    pair.ours = Adamax(**BASE, **ema, gradient_accumulation_steps=3)
+    pair.build()
+    for update in range(20):
+        batches = [make_grads(3 * update + i, precision.dtype) for i in range(3)]
+        for i in range(3):
+            pair.train_ours(3 * update + i)
+        pair.train_theirs([(a + b + c) / 3 for a, b, c in zip(*batches, strict=True)])
+    averages = pair.ours.variables[2 : 2 + len(SHAPES)]
+    theirs = [v.numpy() for v in pair.theirs.variables if v.name.endswith("_average")]
+    for name, average, expected in zip(SHAPES, averages, theirs, strict=True):
+        precision.require_close(average, expected, precision.weights, name)
+    for weight, variable in zip(pair.weights.values(), pair.variables, strict=True):
+        precision.require_close(weight, variable.numpy(), precision.weights, variable.name)
+
+
+# ---- Configs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_configs_move_both_ways(settings, keras):
+    pair = pair_of(keras, {**settings, "name": "mine"})
+    written, expected = pair.ours.get_config(), pair.theirs.get_config()
+    assert list(written) == list(expected)
+    if isinstance(written["learning_rate"], float):  # Keras keeps it as float32
+        assert expected["learning_rate"] == np.float32(written["learning_rate"])
+        expected["learning_rate"] = written["learning_rate"]
+    assert written == expected == json.loads(json.dumps(written))
+
+    class_config = {"class_name": "Adamax", "config": copy.deepcopy(written)}
+    theirs = keras.optimizers.deserialize(class_config)
+    assert theirs.get_config() == pair.theirs.get_config()
+
+    config = pair.theirs.get_config()
+    before = copy.deepcopy(config)
+    ours = Adamax.from_config(types.MappingProxyType(config))
+    assert config == before == ours.get_config()
+    assert Adamax.from_config(written).get_config() == written
+    for key, value in settings.items():
+        if key != "learning_rate":
+            assert getattr(ours, key) == value
+
+
+def test_arguments_order_and_defaults_equal_keras(keras):
+    parameters = inspect.signature(keras.optimizers.Adamax.__init__).parameters.values()
+    theirs = [(p.name, p.default) for p in parameters if p.name not in ("self", "name", "kwargs")]
+    ours = inspect.signature(Adamax).parameters.values()
+    assert [(p.name, p.default) for p in ours] == [*theirs, ("name", "adamax")]
+    assert Adamax().get_config() == {**keras.optimizers.Adamax(name="adamax").get_config(),
+                                     "learning_rate": 0.001}  # fmt: skip
+
+
+# ---- State ---------------------------------------------------------------------------------------------
+
+# Settings, and after how many calls the state moves: in the middle of averaging and accumulating.
+TRANSFERS = [
+    ({**BASE, "weight_decay": 0.1}, 10),
+    ({"learning_rate": SCHEDULES[2]}, 33),
+    ({**BASE, "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}, 10),
+    ({**BASE, "gradient_accumulation_steps": 4, "clipnorm": 2.0}, 11),
+    ({**BASE, "gradient_accumulation_steps": 4}, 2),
+    ({**BASE, "gradient_accumulation_steps": 4, "use_ema": True}, 11),
+]
+
+
+@pytest.fixture(params=["dict", "h5"])
+def store(request):
+    if request.param == "dict":
+        yield {}
+        return
+    h5py = pytest.importorskip("h5py", reason="a store in HDF5 needs h5py")
+    with h5py.File("store", "w", driver="core", backing_store=False) as file:
+        yield file.create_group("vars")
+
+
+@pytest.mark.parametrize("to_ours", [True, False], ids=["from_keras", "to_keras"])
+@pytest.mark.parametrize(("settings", "calls"), TRANSFERS, ids=str)
+def test_state_moves_and_training_continues(settings, calls, to_ours, store, keras):
+    source, target = pair_of(keras, settings).build(), pair_of(keras, settings).build()
+    source.train(range(calls))
+    sender, receiver = source.theirs, target.ours
+    if not to_ours:
+        sender, receiver = source.ours, target.theirs
+    sender.save_own_variables(store)
+    assert sorted(store, key=int) == [str(i) for i in range(len(sender.variables))]
+    assert int(np.array(store["0"])) == calls  # micro-batches included
+    receiver.load_own_variables(store)
+    source.copy_weights(to_ours)
+    for name, weight in source.weights.items():
+        target.weights[name][...] = weight
+    target.copy_weights(to_ours=False)
+    saved = [np.array(store[str(i)]) for i in range(len(store))]
+    for expected, variable in zip(saved, receiver.variables, strict=True):
+        array = variable if to_ours else variable.numpy()
+        assert np.array_equal(array, expected)
+
+    # From here on each continues what the other began: `both` trains the two side by side.
+    both = Pair(keras, target.ours if to_ours else source.ours,
+                source.theirs if to_ours else target.theirs)  # fmt: skip
+    both.weights = target.weights if to_ours else source.weights
+    both.variables = source.variables if to_ours else target.variables
+    assert both.ours.calls == calls
+    assert both.ours.iterations == int(both.theirs.iterations)
+    both.train(range(calls, calls + 30))
+    averages_differ = both.ours.use_ema and both.ours.gradient_accumulation_steps
+    both.require_equal(FLOAT32, skip=("_average",) if averages_differ else ())
+
+
+def test_variables_have_the_order_and_meaning_of_keras(keras):
+    settings = {**BASE, "use_ema": True, "gradient_accumulation_steps": 3}
+    pair = pair_of(keras, settings).build()
+    pair.train(range(7))
+    of_keras = {"average": "average", "gradient_accumulator": "gradient_accumulator"}
+    of_keras |= {"momentum": "momentum", "norm": "norm"}
+    expected = ["iteration", "learning_rate"]
+    for variable in pair.theirs.variables[2:]:
+        expected.append(variable.name)
+    arrays = {
+        f"{name}_{kind}": array
+        for name, kinds in pair.ours.state.items()
+        for kind, array in kinds.items()
+    }
+    for name, array in zip(expected[2:], pair.ours.variables[2:], strict=True):
+        assert arrays[name] is array
+    assert expected[:2] == [v.name for v in pair.theirs.variables[:2]]
+
+
+def test_a_loaded_rate_replaces_ours_unless_only_rounded(keras):
+    pair = pair_of(keras, {"learning_rate": 0.003}).build()
+    pair.ours.set_weights([v.numpy() for v in pair.theirs.variables])
+    assert pair.ours.learning_rate == 0.003
+    pair.theirs.learning_rate = 0.007
+    pair.ours.set_weights([v.numpy() for v in pair.theirs.variables])
+    assert pair.ours.learning_rate == np.float32(0.007)
+
+
+# How the store of a Keras optimizer is spoilt.
+BAD_STORES = [
+    (lambda store: store.pop("5"), r"keys '0', '1', \.\.\."),
+    (lambda store: store.popitem(), "must have 12 arrays; received 11"),
+    (lambda store: store.update({"4": store["2"]}), r"weights\[4\] must have shape \(13,\)"),
+    (lambda store: store.update({"2": store["2"].astype(complex)}), r"weights\[2\] .* complex"),
+    (lambda store: store.update({"0": np.array(-1)}), "iteration.* >= 0; received -1"),
+    (lambda store: store.update({"1": np.array(np.nan)}), "rate.* received nan"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_STORES)
+def test_a_store_that_does_not_fit_changes_nothing(spoil, message, keras):
+    source, target = pair_of(keras, BASE).build(), pair_of(keras, BASE).build()
+    source.train(range(5))
+    target.train(range(2))
+    store = {}
+    source.theirs.save_own_variables(store)
+    spoil(store)
+    before = [array.copy() for array in target.ours.variables]
+    with pytest.raises(ValueError, match=message):
+        target.ours.load_own_variables(store)
+    for array, expected in zip(target.ours.variables, before, strict=True):
+        assert np.array_equal(array, expected)

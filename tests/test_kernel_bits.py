@@ -1,0 +1,451 @@
+"""One functional step and the norm, bit for bit like the NumPy program, on every ISA and thread."""
+
+import hashlib
+import itertools
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import adamax_ext
+import numpy as np
+import pytest
+import reference
+from adamax_ext import _core
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    PAIRS,
+    assert_same_bits,
+    bits,
+    compute_dtype,
+    dtype_of,
+    every_16_bit_dtype,
+    every_isa,
+    every_pair,
+    is_testable,
+    rounded,
+    run_on,
+    spread,
+    widened,
+)
+
+# Nothing here is a default, a power of two, or equal to another value.
+SETTINGS = {"learning_rate": 0.0371, "beta_1": 0.83, "beta_2": 0.957, "epsilon": 3.1e-5}
+EMA_MOMENTUM = 0.871
+RULES = [
+    {"weight_decay": weight_decay, "decay": decay, "epsilon_mode": mode}
+    for weight_decay, decay in [(0.0, "decoupled"), (0.213, "decoupled"), (0.213, "l2")]
+    for mode in ("outside", "inside")
+]
+STREAMS = ("param", "grad", "m", "u", "average")
+
+
+def expected_update(arrays, *, grad_scale=1.0, ema_momentum=EMA_MOMENTUM, **settings):
+    """Return what `update` makes of `arrays` (by STREAMS), by the contract program."""
+    storage = arrays["param"].dtype
+    T = compute_dtype(storage).type
+    w, m, u = widened(arrays["param"]), arrays["m"].copy(), arrays["u"].copy()
+    with np.errstate(all="ignore"):
+        h = widened(arrays["grad"]) * T(grad_scale)
+        reference.update(w, h, m, u, **settings)
+        w = w.astype(storage).astype(T)
+        result = {"param": rounded(w, storage), "grad": arrays["grad"], "m": m, "u": u}
+        if "average" in arrays:  # of the weight as it is stored
+            k = T(ema_momentum)
+            running = arrays["average"] * k + w * T(1 - ema_momentum)
+            result["average"] = w if settings["step"] == 1 else running
+    return result
+
+
+def do_update(arrays, *, ema_momentum=EMA_MOMENTUM, **settings):
+    adamax_ext.update(**arrays, ema_momentum=ema_momentum, **settings)
+
+
+def assert_same_step(arrays, label, **settings):
+    """Do one step on `arrays` in place and require the bits of the program; return them."""
+    expected = expected_update(arrays, **settings)
+    do_update(arrays, **settings)
+    for name, array in arrays.items():
+        assert_same_bits(array, expected[name], f"{name} after {label}")
+    return arrays
+
+
+def random_arrays(rng, size, param, grad):
+    T = compute_dtype(dtype_of(param))
+    return {
+        "param": spread(rng, size, dtype_of(param)),
+        "grad": spread(rng, size, dtype_of(grad)),
+        "m": spread(rng, size, T),
+        "u": np.abs(spread(rng, size, T, high=0.5)),
+        "average": spread(rng, size, T),
+    }
+
+
+# ---- Rules, pairs, values ---------------------------------------------------------------------
+
+
+def check_rules(param, grad):
+    rng = np.random.default_rng(1)
+    for rule, with_average, clipvalue, grad_scale in itertools.product(
+        RULES, (False, True), (None, 0.61), (1.0, 0.37)
+    ):
+        arrays = random_arrays(rng, 515, param, grad)
+        if not with_average:
+            del arrays["average"]
+        changes = {**SETTINGS, **rule, "clipvalue": clipvalue, "grad_scale": grad_scale}
+        for step in (1, 2, 3, 7, 1000, 2**40):
+            arrays["grad"] = spread(rng, 515, dtype_of(grad))
+            assert_same_step(arrays, f"step {step} of {changes}", step=step, **changes)
+
+
+@every_isa
+@every_pair
+def test_every_rule_and_pair(isa, param, grad):
+    run_on(isa, check_rules, param, grad)
+
+
+def special_values(dtype):
+    T = compute_dtype(dtype).type
+    info, limit = np.finfo(T), T(reference.tiny(T))
+    tenth, most = T(0.1), info.max
+    return np.array(
+        [np.nan, np.inf, -np.inf, 0.0, -0.0, info.smallest_subnormal, -info.tiny / 4, info.tiny]
+        + [limit, np.nextafter(limit, T(0)), -2 * limit, most, -most, 1.0, -tenth, 7e-8],
+        T,
+    )
+
+
+def check_special_values(param, grad):
+    table = special_values(dtype_of(param))
+    w, g, m, u = (axis.ravel() for axis in np.meshgrid(table, table, table, table))
+    fresh = {
+        "param": rounded(w, dtype_of(param)),
+        "grad": rounded(g, dtype_of(grad)),
+        "m": m,
+        "u": u,
+        "average": u[::-1].copy(),
+    }
+    for rule, clipvalue in itertools.product(RULES, (None, 0.05)):
+        arrays = {name: array.copy() for name, array in fresh.items()}
+        for step in (2, 1):
+            label = f"step {step} of {rule}, clipvalue {clipvalue}"
+            assert_same_step(arrays, label, step=step, clipvalue=clipvalue, **SETTINGS, **rule)
+
+
+@every_isa
+@every_pair
+def test_all_combinations_of_special_values(isa, param, grad):
+    run_on(isa, check_special_values, param, grad)
+
+
+def check_quiet_tiny_state(dtype):
+    T = np.dtype(dtype).type
+    tiny = reference.tiny(T)
+    around = np.array([np.nextafter(tiny, T(0)), tiny, np.nextafter(tiny, T(1))])
+    # Halved exactly, m and u land just below the limit, on it and above it.
+    m = np.concatenate([2 * around, -2 * around, [T(1), T(-1), np.finfo(T).tiny]])
+    arrays = {"param": np.ones_like(m), "grad": np.zeros_like(m), "m": m, "u": np.abs(m)}
+    halves = {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.5, "epsilon": 1e-7}
+    assert_same_step(arrays, "the first step", step=1, **halves)
+    assert list(arrays["m"][:6]) == [0, tiny, around[2], 0, -tiny, -around[2]]
+    assert list(arrays["u"][:3]) == [0, tiny, around[2]]
+    for step in range(2, 970):
+        assert_same_step(arrays, f"step {step}", step=step, **halves)
+    assert not arrays["m"].any()
+    assert not arrays["u"].any()
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tiny_state_becomes_zero_exactly_at_the_limit(isa, dtype):
+    run_on(isa, check_quiet_tiny_state, dtype)
+
+
+rates = st.one_of(st.just(0.0), st.floats(1e-9, 1e9))
+betas = st.one_of(st.just(0.0), st.floats(0, 1, exclude_max=True))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    pair=st.sampled_from([pair for pair in PAIRS if is_testable(*pair)]),
+    seed=st.integers(0, 99),
+    hyperparameters=st.fixed_dictionaries(
+        {
+            "step": st.integers(1, 2**62),
+            "learning_rate": rates,
+            "beta_1": betas,
+            "beta_2": betas,
+            "epsilon": st.floats(1e-40, 1e30),
+            "weight_decay": rates,
+            "decay": st.sampled_from(["decoupled", "l2"]),
+            "epsilon_mode": st.sampled_from(["outside", "inside"]),
+            "clipvalue": st.one_of(st.none(), st.floats(1e-30, 1e30)),
+            "grad_scale": st.floats(-1e30, 1e30),
+            "ema_momentum": st.floats(0, 1),
+        }
+    ),
+)
+def test_any_hyperparameters(pair, seed, hyperparameters):
+    arrays = random_arrays(np.random.default_rng(seed), 37, *pair)
+    assert_same_step(arrays, f"{pair} {hyperparameters}", **hyperparameters)
+
+
+# ---- Tails and alignment ----------------------------------------------------------------------
+
+WIDTH = 16  # elements of the widest vector
+LENGTHS = range(4 * WIDTH + 4)
+ROW = len(LENGTHS) + 2 * WIDTH  # elements: the longest, its offset, and guards on both sides
+
+
+def rows_of(flat, byte_offset):
+    """Copy `flat`, one row a length, to memory that begins at `byte_offset` of an allocation."""
+    memory = np.zeros(flat.nbytes + byte_offset, np.uint8)
+    rows = np.ndarray((len(LENGTHS), ROW), flat.dtype, memory, byte_offset)
+    rows[...] = flat.reshape(rows.shape)
+    return rows
+
+
+def check_lengths(param, grad, byte_shift):
+    """Step row n on n elements, at every offset; all other elements are guards."""
+    rng = np.random.default_rng(2)
+    data = random_arrays(rng, len(LENGTHS) * ROW, param, grad)
+    rule = {**SETTINGS, **RULES[2], "step": 2, "grad_scale": 0.37}
+    stepped = expected_update(data, **rule)
+    column = np.arange(ROW)
+    for offset in range(WIDTH):
+        inside = (column >= offset) & (column < offset + np.array(LENGTHS)[:, None])
+        # Streams begin at unlike places of a vector, and with a shift at odd addresses.
+        rows = {
+            name: rows_of(data[name], byte_shift * (k + 1) + k * data[name].itemsize)
+            for k, name in enumerate(STREAMS)
+        }
+        for n in LENGTHS:
+            do_update({name: rows[name][n, offset : offset + n] for name in STREAMS}, **rule)
+        for name in STREAMS:
+            before, after = (d[name].reshape(inside.shape) for d in (data, stepped))
+            label = f"{name} (rows of {ROW}) at offset {offset}"
+            assert_same_bits(rows[name].copy(), np.where(inside, after, before), label)
+
+
+@every_isa
+@every_pair
+@pytest.mark.parametrize("byte_shift", [0, 1, 3])
+def test_every_length_and_offset_with_guards(isa, param, grad, byte_shift):
+    run_on(isa, check_lengths, param, grad, byte_shift)
+
+
+# ---- 16 bits ----------------------------------------------------------------------------------
+
+
+def every_value(dtype):
+    return np.arange(2**16, dtype=np.uint16).view(dtype_of(dtype))
+
+
+def check_widening(dtype):
+    values = every_value(dtype)
+    wide = widened(values)
+    if dtype == "bfloat16":  # by definition the upper half of a float32
+        wide = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+    zeros = np.zeros_like(wide)
+    # As parameters: with a rate of 0 each keeps its value, and the average starts as it.
+    for grad in (np.zeros_like(values), zeros):
+        w, average = values.copy(), zeros.copy()
+        still = {"step": 1, "learning_rate": 0.0, "average": average}
+        adamax_ext.update(w, grad, zeros.copy(), zeros.copy(), **still)
+        assert_same_bits(w, values, f"stored {dtype}")
+        assert_same_bits(average, wide, f"widened {dtype} parameter")
+    # As gradients: m becomes exactly the gradient with beta_1 = 0, u its magnitude; tiny ones 0.
+    quiet = np.where(np.abs(wide) < reference.tiny(np.float32), np.float32(0), wide)
+    for w in (zeros.copy(), np.zeros_like(values)):
+        m, u = zeros.copy(), zeros.copy()
+        adamax_ext.update(w, values, m, u, step=1, beta_1=0.0)
+        assert_same_bits(m, quiet + np.float32(0), f"widened {dtype} gradient")
+        assert_same_bits(u, np.abs(quiet), f"magnitude of a {dtype} gradient")
+    finite = values[np.isfinite(wide)]
+    assert adamax_ext.global_norm([finite]) == reference.global_norm([widened(finite)])
+
+
+@every_isa
+@every_16_bit_dtype
+def test_widening_of_all_65536_values(isa, dtype):
+    run_on(isa, check_widening, dtype)
+
+
+def rounding_targets(dtype):
+    """Return each value of `dtype`, each midpoint of neighbours, and the float32s next to them."""
+    positive = widened(every_value(dtype)[: 2**15])
+    finite = positive[np.isfinite(positive)].astype(np.float64)
+    beyond = 2 * finite[-1] - finite[-2]  # the next in line, if exponents went on
+    grid = np.append(finite, beyond)
+    with np.errstate(over="ignore"):
+        middles = ((grid[1:] + grid[:-1]) / 2).astype(np.float32)
+        targets = np.concatenate([finite.astype(np.float32), middles])
+        near = [np.nextafter(targets, np.float32(to)) for to in (-np.inf, np.inf)]
+    random = np.random.default_rng(3).integers(0, 2**31, 2**18, np.uint32).view(np.float32)
+    targets = np.concatenate([targets, *near, random, [np.float32(np.inf), np.float32(np.nan)]])
+    return np.concatenate([targets, -targets])
+
+
+def check_rounding_at_the_store(dtype):
+    targets = rounding_targets(dtype)
+    expected = rounded(targets, dtype_of(dtype))
+    w = np.zeros(targets.size, dtype_of(dtype))
+    optimizer = adamax_ext.Adamax(use_ema=True)
+    optimizer.build([w])
+    optimizer.state["variable_0"]["average"][...] = targets
+    optimizer.finalize_variable_values()
+    assert_same_bits(w, expected, f"targets stored as {dtype}")
+
+    # Through the formula: w = 0 - 2^k * m / 2^j, where m is -mantissa and j = k - exponent.
+    targets = targets[np.isfinite(targets) & (targets != 0)]
+    mantissa, exponent = np.frexp(targets)
+    mantissa, exponent = mantissa * np.float32(2), exponent - 1
+    reached = np.zeros(targets.shape, bool)
+    for k, lowest, highest in [(-23, -149, -26), (97, -26, 95), (127, 1, 126)]:
+        chosen = (exponent >= lowest) & (exponent <= highest)
+        reached |= chosen
+        u = np.ldexp(np.float32(1), k + 1 - exponent[chosen])  # beta_2 halves it
+        if k == -23:
+            assert u.max() <= 2.0**127
+        w, average = np.zeros(u.size, dtype_of(dtype)), np.zeros_like(u)
+        formula = {"learning_rate": 2.0**k, "beta_1": 0.0, "beta_2": 0.5, "epsilon": 1e-40}
+        adamax_ext.update(w, -mantissa[chosen], 0 * u, u, step=1, average=average, **formula)
+        expected = rounded(targets[chosen], dtype_of(dtype))
+        assert_same_bits(w, expected, f"steps stored as {dtype}")
+        assert_same_bits(average, widened(expected), f"steps rounded to {dtype} for the average")
+    assert reached[np.abs(targets) < 2.0**127].all()
+
+
+@every_isa
+@every_16_bit_dtype
+def test_rounding_at_every_midpoint(isa, dtype):
+    run_on(isa, check_rounding_at_the_store, dtype)
+
+
+# ---- Norms ------------------------------------------------------------------------------------
+
+BLOCK = reference.BLOCK
+EDGES = [k * BLOCK + d for k in (1, 2, 16, 48) for d in (-17, -16, -1, 0, 1, 15, 16)]
+NORM_SIZES = [0, 1, 15, 16, 17, 31, 32, 33, *EDGES]
+
+
+def norm_with_threads(buffers):
+    """Return the norm, the same on 1, 2, 3 and 7 threads, the last of them proved to have run."""
+    before = adamax_ext.get_num_threads()
+    _core._override_cpu_limit(8)
+    norms = []
+    for threads in (1, 2, 3, 7):
+        adamax_ext.set_num_threads(threads)
+        assert adamax_ext.get_num_threads() == threads
+        norms.append(adamax_ext.global_norm(buffers))
+    _core._override_cpu_limit(0)
+    adamax_ext.set_num_threads(before)
+    assert norms == norms[:1] * 4
+    return norms[0]
+
+
+def check_norms(dtype):
+    rng = np.random.default_rng(4)
+    arrays = []
+    for size in NORM_SIZES:
+        array = np.ndarray(size, dtype_of(dtype), bytearray(size * 8 + 1), 1)  # an odd address
+        array[...] = spread(rng, size, dtype_of(dtype), low=-10, high=4)
+        arrays.append(array)
+        for shown in (array, array[::-1].copy()):
+            assert adamax_ext.global_norm([shown]) == reference.global_norm([shown]), size
+    assert norm_with_threads(arrays) == reference.global_norm(arrays)
+    arrays[20][-1] = np.inf
+    assert norm_with_threads(arrays) == math.inf
+    arrays[-1][70_000] = np.nan
+    assert math.isnan(adamax_ext.global_norm(arrays))
+    assert adamax_ext.global_norm([]) == 0
+    assert adamax_ext.global_norm([np.array([-2.5, 0], dtype_of(dtype))[:1].reshape(())]) == 2.5
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_norms_at_the_edges_of_blocks(isa, dtype):
+    if not is_testable(dtype):
+        pytest.skip("bfloat16 needs ml_dtypes")
+    run_on(isa, check_norms, dtype)
+
+
+def huge_array():
+    """More than 4096 blocks of 4096, so that the sums of blocks are folded twice."""
+    values = np.random.default_rng(5).standard_normal(BLOCK**2 + 3 * BLOCK + 5, np.float32)
+    return values * values * values
+
+
+@pytest.fixture(scope="module")
+def huge_norm():
+    return reference.global_norm([huge_array()])
+
+
+def norm_of_huge_array():
+    return norm_with_threads([huge_array()])
+
+
+@every_isa
+def test_norm_of_more_blocks_than_fit_in_one(isa, huge_norm):
+    assert run_on(isa, norm_of_huge_array) == huge_norm
+
+
+# ---- Instruction sets -------------------------------------------------------------------------
+
+
+def digest_of_a_step():
+    """Return a hash of the bits that a few steps leave, with every rule, pair and stream."""
+    rng = np.random.default_rng(6)
+    hashed = hashlib.sha256()
+    for pair, rule in itertools.product(filter(lambda p: is_testable(*p), PAIRS), RULES):
+        arrays = random_arrays(rng, 100_003, *pair)
+        for step in (1, 2):
+            do_update(arrays, step=step, **SETTINGS, **rule)
+        for array in arrays.values():
+            hashed.update(bits(array).tobytes())
+        hashed.update(str(adamax_ext.global_norm(list(arrays.values()))).encode())
+    return hashed.hexdigest()
+
+
+def test_all_isas_leave_one_hash():
+    isas = adamax_ext.available_isas()
+    assert len(set(isas)) == len(isas)
+    assert isas[0] == "scalar"
+    assert len({run_on(isa, digest_of_a_step) for isa in isas}) == 1
+
+
+def first_uses(name):
+    """Return the errors with which every first use of the kernels refuses the ISA `name`."""
+    os.environ["ADAMAX_EXT_ISA"] = name
+    w, g, m, u = (np.ones(3, np.float32) for _ in range(4))
+    errors = []
+    for use in (
+        adamax_ext.active_isa,
+        adamax_ext.build_info,
+        lambda: adamax_ext.update(w, g, m, u, step=1),
+        lambda: adamax_ext.global_norm([g]),
+        lambda: adamax_ext.Adamax().apply([g], [w]),
+    ):
+        with pytest.raises(ValueError, match="ADAMAX_EXT_ISA") as error:
+            use()
+        errors.append(str(error.value))
+    assert all((array == 1).all() for array in (w, g, m, u))
+    return errors
+
+
+def auto_isa(name):
+    os.environ["ADAMAX_EXT_ISA"] = name
+    return adamax_ext.active_isa()
+
+
+def test_wrong_isa_is_refused_at_first_use_and_auto_takes_the_best():
+    isas = adamax_ext.available_isas()
+    unsupported = sorted({"avx2", "avx512"} - set(isas))
+    for auto in ("auto", ""):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            for wrong in ("sse9", "AVX2", "scalar ", *unsupported):
+                for message in process.submit(first_uses, wrong).result():
+                    assert repr(wrong) in message
+                    assert all(valid in message for valid in ("auto", *isas))
+            assert process.submit(auto_isa, auto).result() == isas[-1]

@@ -1,0 +1,211 @@
+"""What is installed: version, types, documentation, and a C++ library that others can link."""
+
+import ast
+import doctest
+import importlib.metadata
+import importlib.resources
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+
+import adamax_ext
+import numpy as np
+import pytest
+from adamax_ext import _core, functional, loss_scale, optimizer, schedules
+from conftest import REPOSITORY, cmake, configure, run
+
+PACKAGE = importlib.resources.files("adamax_ext")
+# pybind11 gives its classes a metaclass, which a stub cannot name.
+ACCEPTED_BY_STUBTEST = "adamax_ext._core.Plan\n"
+
+
+def documented():
+    """All public functions and classes by name, those of `schedules` included."""
+    names = [f"adamax_ext.{name}" for name in adamax_ext.__all__]
+    names += [f"adamax_ext.schedules.{name}" for name in schedules.__all__]
+    found = {name: pkgutil.resolve_name(name) for name in names}
+    return {k: v for k, v in found.items() if inspect.isclass(v) or inspect.isroutine(v)}
+
+
+def documented_members():
+    return {
+        f"{name}.{member}": attribute
+        for name, value in documented().items()
+        if inspect.isclass(value)
+        for member, attribute in vars(value).items()
+        if not member.startswith("_")
+    }
+
+
+def section(text, title):
+    """Return the text below a NumPy-style heading, or None."""
+    underline = "-" * len(title)
+    match = re.search(rf"^{title}\n{underline}\n(.*?)(?=^\S[^\n]*\n---|\Z)", text, re.M | re.S)
+    return None if match is None else match[1]
+
+
+def require_summary(name, value):
+    text = inspect.getdoc(value)
+    assert text, f"{name} has no docstring"
+    first, _, rest = text.partition("\n")
+    assert first.endswith("."), f"{name}: {first}"
+    assert not rest or rest.startswith("\n"), f"{name}: the first paragraph is one line"
+    for heading in re.findall(r"^(\w[\w ]*)\n-+$", text, re.M):
+        assert section(text, heading), f"{name}: the underline of {heading} has another length"
+    return text
+
+
+# ---- Version and files ---------------------------------------------------------------------------
+
+
+def test_one_version():
+    version = importlib.metadata.version("adamax_ext")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert adamax_ext.__version__ == version
+    assert adamax_ext.build_info()["version"] == version
+    assert f'\nversion = "{version}"\n' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+def test_types_are_installed():
+    assert PACKAGE.joinpath("py.typed").is_file()
+    assert PACKAGE.joinpath("_core.pyi").is_file()
+
+
+# ---- The stub ------------------------------------------------------------------------------------
+
+
+def test_stub_agrees_with_the_module(tmp_path):
+    pytest.importorskip("mypy", reason="needs mypy")
+    accepted = tmp_path / "accepted"
+    accepted.write_text(ACCEPTED_BY_STUBTEST)
+    command = [sys.executable, "-m", "mypy.stubtest", "adamax_ext._core", "--allowlist", accepted]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_stub_has_the_arguments_of_the_module():
+    """Stubtest sees no signatures of compiled functions; pybind11 writes them into docstrings."""
+    compared = set()
+    for node in ast.parse(PACKAGE.joinpath("_core.pyi").read_text()).body:
+        owner = getattr(_core, node.name) if isinstance(node, ast.ClassDef) else _core
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            signature = getattr(owner, function.name).__doc__.splitlines()[0]
+            names, returned = re.findall(r"(\w+): ", signature), signature.split(" -> ")[1]
+            assert [argument.arg for argument in function.args.args if argument.arg != "self"] == [
+                name for name in names if name != "self"
+            ], function.name
+            declared = ast.unparse(function.returns)
+            assert re.sub(r"\[.*", "", declared) == re.sub(r"\[.*", "", returned), function.name
+            compared.add(function.name)
+    assert {"update", "step", "global_norm", "build_info"} <= compared
+
+
+# ---- Documentation -------------------------------------------------------------------------------
+
+
+def test_every_public_name_exists():
+    for module in (adamax_ext, schedules):
+        assert len(set(module.__all__)) == len(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert adamax_ext.__doc__ and adamax_ext.schedules is schedules
+
+
+@pytest.mark.parametrize("name", documented())
+def test_documentation_of_functions_and_classes(name):
+    value = documented()[name]
+    text = require_summary(name, value)
+    signature = inspect.signature(value)
+    parameters = [p for p in signature.parameters if p not in ("args", "kwargs")]
+    listed = section(text, "Parameters") or ""
+    if len(parameters) > 1:
+        assert listed, f"{name} has no section Parameters"
+    entries = re.findall(r"^(\w[\w, ]*) : \S", listed, re.M)
+    documented_parameters = [p.strip() for entry in entries for p in entry.split(",")]
+    if listed:
+        assert documented_parameters == parameters
+    else:
+        assert all(f"`{parameter}`" in text for parameter in parameters)
+    if listed and not inspect.isclass(value) and signature.return_annotation is not None:
+        assert section(text, "Returns"), f"{name} has no section Returns"
+
+
+@pytest.mark.parametrize("name", documented_members())
+def test_documentation_of_members(name):
+    value = documented_members()[name]
+    value = getattr(value, "__func__", value)  # below classmethod and staticmethod
+    if inspect.isroutine(value) or isinstance(value, property):
+        require_summary(name, value)
+
+
+@pytest.mark.parametrize("module", [adamax_ext, optimizer, functional, loss_scale, schedules])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert failed == 0
+    assert attempted > 0 or module not in (optimizer, functional)
+
+
+# ---- The C++ library -----------------------------------------------------------------------------
+
+
+def output_of_consumer(library, build):
+    configure(REPOSITORY / "tests/cpp/consumer", build, f"-DCMAKE_PREFIX_PATH={library.prefix}",
+              "-DCMAKE_BUILD_TYPE=Release")  # fmt: skip
+    cmake("--build", build)
+    return run(build / "consumer").splitlines()
+
+
+def number(i, step):
+    """The data of consumer.cpp: exact in bfloat16."""
+    return ((i * 37 + step * 11) % 101 - 50) / 64
+
+
+def expected_of_consumer():
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="NumPy needs it for bfloat16").bfloat16
+
+    def numbers(count, step, dtype):
+        return np.array([number(i, step) for i in range(count)], np.float32).astype(dtype)
+
+    weights = [numbers(37, 100, np.float32), numbers(21, 200, bfloat16)]
+    trained = adamax_ext.Adamax(
+        learning_rate=0.02,
+        beta_1=0.8,
+        beta_2=0.95,
+        epsilon=1e-5,
+        weight_decay=0.1,
+        global_clipnorm=0.75,
+        use_ema=True,
+        ema_momentum=0.7,
+    )
+    trained.build(weights)
+    for step in range(1, 6):
+        gradient = numbers(37, step, np.float32)
+        trained.apply([gradient, numbers(21, step + 50, bfloat16)])
+    arrays = {}
+    for prefix, weight, state in zip(("", "half_"), weights, trained.state.values(), strict=True):
+        kinds = {"m": "momentum", "u": "norm", "average": "average"}
+        arrays |= {f"{prefix}w": weight}
+        arrays |= {f"{prefix}{short}": state[kind] for short, kind in kinds.items()}
+    arrays["norm"] = np.float64(adamax_ext.global_norm([gradient]))
+    lines = []
+    for name, array in arrays.items():
+        words = np.atleast_1d(array).view(f"u{array.dtype.itemsize}")
+        lines.append(" ".join([name, *(f"{word:0{2 * array.dtype.itemsize}x}" for word in words)]))
+    with pytest.raises(ValueError) as error:
+        adamax_ext.update(*np.zeros((4, 1), np.float32), step=0)
+    return [*lines, f"error {error.value}"]
+
+
+def test_consumer_of_the_installed_library(cpp_library, tmp_path):
+    assert output_of_consumer(cpp_library, tmp_path) == expected_of_consumer()
+
+
+def test_consumer_of_the_library_without_threads_and_instruction_sets(plain_cpp_library, tmp_path):
+    assert "kernels_scalar" in plain_cpp_library.objects
+    assert "kernels_avx2" not in plain_cpp_library.objects
+    (archive,) = plain_cpp_library.prefix.rglob("libadamax_ext.a")
+    assert b"GOMP_" not in archive.read_bytes()
+    assert output_of_consumer(plain_cpp_library, tmp_path) == expected_of_consumer()

@@ -1,0 +1,446 @@
+"""Saving, loading and copying: training continues with the same bits, or is refused unchanged."""
+
+import copy
+import inspect
+import itertools
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adamax_ext import Adamax, LossScaleOptimizer, checkpoint, schedules
+
+DATA = Path(__file__).parent / "data"
+TWO = {"kernel": ((3, 5), "float32", "C"), "bias": ((5,), "float32", "C")}
+SHAPES = {
+    "double": ((4, 3), "float64", "C"),
+    "half": ((7,), "float16", "C"),
+    "fortran": ((3, 4), "float32", "F"),
+    "scalar": ((), "float32", "C"),
+    "empty": ((0, 3), "float32", "C"),
+    "encoder/layer/0/kernel": ((2, 2), "float32", "C"),
+    "/": ((2,), "float64", "C"),
+    "": ((2,), "float32", "C"),
+    "größe/重み": ((3,), "float32", "C"),
+}
+
+
+def a_callable_rate():
+    return 0.015
+
+
+def a_rate_of_the_step(step):
+    return 0.03 / (1 + step)
+
+
+@dataclass(frozen=True)
+class Case:
+    settings: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=lambda: TWO)  # name -> shape, dtype, memory order
+    exclude: dict | None = None  # only before the first build: the file must tell the second
+    new_rate: float | None = None  # set after three steps
+    loss_scale: dict | None = None
+
+
+CASES = {
+    "defaults": Case(),
+    "learning_rate": Case({"learning_rate": 0.1}),
+    "beta_1": Case({"beta_1": 0.5}),
+    "beta_2": Case({"beta_2": 0.75}),
+    "epsilon": Case({"epsilon": 0.01}),
+    "weight_decay": Case({"weight_decay": 0.3}),
+    "clipnorm": Case({"clipnorm": 0.7}),
+    "clipvalue": Case({"clipvalue": 0.4}),
+    "global_clipnorm": Case({"global_clipnorm": 0.9}),
+    "use_ema": Case({"use_ema": True}),
+    "ema_momentum": Case({"use_ema": True, "ema_momentum": 0.5}),
+    "ema_overwrite_frequency": Case({"use_ema": True, "ema_overwrite_frequency": 3}),
+    "loss_scale_factor": Case({"loss_scale_factor": 8.0}),
+    "accumulation, 2 of 3": Case({"gradient_accumulation_steps": 3}),
+    "accumulation, 5 of 7": Case({"gradient_accumulation_steps": 7}),
+    "name": Case({"name": "another"}),
+    "schedule": Case({"learning_rate": schedules.CosineDecay(0.1, 12, warmup_steps=3)}),
+    "schedule from a function": Case(
+        {"learning_rate": schedules.LearningRateSchedule.from_callable(a_rate_of_the_step)}
+    ),
+    "callable": Case({"learning_rate": a_callable_rate}),
+    "rate set": Case(new_rate=1 / 3),
+    "excluded by name": Case({"weight_decay": 0.5}, exclude={"var_names": ["^bi"]}),
+    "excluded by memory": Case({"weight_decay": 0.5}, exclude={"var_list": ["kernel"]}),
+    "all layouts": Case({"weight_decay": 0.1}, SHAPES),
+    "all layouts and arrays": Case(
+        {"use_ema": True, "gradient_accumulation_steps": 4, "clipnorm": 2.0}, SHAPES
+    ),
+    "bfloat16": Case({"use_ema": True}, {"w": ((2, 9), "bfloat16", "F")}),
+    "no variables": Case(weights={}),
+    "loss scale": Case(loss_scale={"initial_scale": 64.0, "dynamic_growth_steps": 3}),
+    "everything": Case(
+        {
+            "learning_rate": schedules.ExponentialDecay(0.1, 4, 0.5),
+            "beta_1": 0.8,
+            "weight_decay": 0.2,
+            "global_clipnorm": 1.5,
+            "use_ema": True,
+            "ema_momentum": 0.75,
+            "ema_overwrite_frequency": 2,
+            "gradient_accumulation_steps": 2,
+        },
+        SHAPES,
+        exclude={"var_names": ["重"], "var_list": ["half", "fortran"]},
+        loss_scale={"initial_scale": 4.0, "dynamic_growth_steps": 4},
+    ),
+}
+
+
+def array(shape, dtype, order, seed):
+    """Small multiples of 1/8, exact in every type and the same with every NumPy."""
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    values = (np.arange(np.prod(shape, dtype=int)) * 7 + seed * 5) % 23 - 11
+    return np.array((values / 8).reshape(shape), dtype, order=order)
+
+
+def make(case, excluded=True):
+    """Return fresh weights by name and an optimizer, not built."""
+    weights = {n: array(*spec, seed) for seed, (n, spec) in enumerate(case.weights.items())}
+    optimizer = Adamax(**case.settings)
+    if case.loss_scale:
+        optimizer = LossScaleOptimizer(optimizer, **case.loss_scale)
+    if case.exclude and excluded:
+        buffers = [weights[name] for name in case.exclude.get("var_list", [])]
+        optimizer.exclude_from_weight_decay(buffers, case.exclude.get("var_names"))
+    return weights, optimizer
+
+
+def train(case, weights, optimizer, steps):
+    for step in steps:
+        grads = [array(*s, 31 * step + i) for i, s in enumerate(case.weights.values())]
+        if case.loss_scale and step in (1, 6):
+            grads[0][:1] = np.inf
+        optimizer.apply(grads, list(weights.values()))
+        if case.new_rate and step == 2:
+            optimizer.learning_rate = case.new_rate
+
+
+def bits(x):
+    return str(x.dtype), x.shape, x.tobytes()
+
+
+def snapshot(optimizer, weights=None):
+    """Return everything that training changes, comparable with ==."""
+    saved = optimizer.state_dict()
+    arrays = {f"{n}|{k}": bits(a) for n, of in saved.pop("state").items() for k, a in of.items()}
+    arrays |= {f"weight {name}": bits(w) for name, w in (weights or {}).items()}
+    rates = optimizer.learning_rate.hex(), optimizer.iterations
+    return {**saved, **arrays, "rates": rates, "keys": list(optimizer.state)}
+
+
+@cache
+def uninterrupted(name, steps):
+    weights, optimizer = make(CASES[name])
+    optimizer.build(weights)
+    train(CASES[name], weights, optimizer, range(steps))
+    return snapshot(optimizer, weights)
+
+
+def continue_all(folder):
+    """In a new process: load every case, do five more steps, and leave the snapshots."""
+    results = {}
+    for i, case in enumerate(CASES.values()):
+        _, optimizer = make(case, excluded=False)
+        if not (Path(folder) / f"{i}.safetensors").exists():
+            continue
+        weights = pickle.loads((Path(folder) / f"{i}.weights").read_bytes())
+        optimizer.build(weights)
+        optimizer.load(Path(folder) / f"{i}.safetensors")
+        train(case, weights, optimizer, range(5, 10))
+        results[i] = snapshot(optimizer, weights)
+    (Path(folder) / "results").write_bytes(pickle.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    pytest.importorskip("ml_dtypes", reason="the table of cases has bfloat16")
+    folder = tmp_path_factory.mktemp("continued")
+    for i, case in enumerate(CASES.values()):
+        weights, optimizer = make(case)
+        optimizer.build(weights)
+        train(case, weights, optimizer, range(5))
+        optimizer.save(folder / f"{i}.safetensors")
+        (folder / f"{i}.weights").write_bytes(pickle.dumps(weights))
+    code = f"import test_saving; test_saving.continue_all({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    return dict(zip(CASES, pickle.loads((folder / "results").read_bytes()).values(), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_new_process_continues_with_the_same_bits(name, continued):
+    assert continued[name] == uninterrupted(name, 10)
+    for spec, key in [(spec, f"weight {n}") for n, spec in CASES[name].weights.items()]:
+        moved = uninterrupted(name, 5)[key] != continued[name][key]
+        assert moved == (0 not in spec[0] and "5 of 7" not in name), key
+
+
+def test_every_setting_is_in_the_table():
+    covered = set().union(*(case.settings for case in CASES.values()))
+    assert covered == set(inspect.signature(Adamax).parameters)
+
+
+COPIES = {"pickle": lambda pair: pickle.loads(pickle.dumps(pair)), "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("steps_before", [None, 0, 5])  # None: not even built
+@pytest.mark.parametrize("name", CASES)
+def test_copies_stay_tied_to_their_weights_and_continue(name, steps_before, how):
+    weights, optimizer = make(CASES[name])
+    if steps_before is not None:
+        optimizer.build(weights)
+        train(CASES[name], weights, optimizer, range(steps_before))
+    weights_2, optimizer_2 = COPIES[how]((weights, optimizer))
+    assert optimizer_2.built is optimizer.built is (steps_before is not None)
+    for w, o in ((weights_2, optimizer_2), (weights, optimizer)):  # the copy first
+        o.build(w)  # its own names, and no others, are accepted again
+        train(CASES[name], w, o, range(steps_before or 0, 10))
+        assert snapshot(o, w) == uninterrupted(name, 10)
+
+
+# ---- What a state_dict is ------------------------------------------------------------------------
+
+FULL = Case(
+    {"weight_decay": 0.1, "use_ema": True, "gradient_accumulation_steps": 2},
+    {"w": ((2, 3), "float32", "C"), "layer/b": ((4,), "float64", "C")},
+    exclude={"var_names": ["b"]},
+)
+SCALED = Case(weights=FULL.weights, loss_scale={"initial_scale": 8.0, "dynamic_growth_steps": 9})
+SCHEDULED = Case({"learning_rate": schedules.CosineDecay(0.1, 12)}, FULL.weights)
+
+
+def trained(case, steps=3):
+    weights, optimizer = make(case)
+    optimizer.build(weights)
+    train(case, weights, optimizer, range(steps))
+    return weights, optimizer
+
+
+def test_state_dict_and_store_are_copies_both_ways():
+    weights, optimizer = trained(FULL)
+    state_dict, store = optimizer.state_dict(), {}
+    optimizer.save_own_variables(store)
+    before = copy.deepcopy((state_dict, store)), snapshot(optimizer)
+    train(FULL, weights, optimizer, range(3, 6))
+    assert snapshot(optimizer) != before[1]
+    np.testing.assert_equal((state_dict, store), before[0])
+    for load, source in (
+        (optimizer.load_state_dict, state_dict),
+        (optimizer.load_own_variables, store),
+    ):
+        load(source)
+        assert snapshot(optimizer) == before[1]
+        train(FULL, weights, optimizer, range(2))
+        np.testing.assert_equal((state_dict, store), before[0])
+    optimizer.load_state_dict(state_dict)
+    state_dict["excluded_from_weight_decay"].append("w")
+    for x in [x for of in state_dict["state"].values() for x in of.values()]:
+        x[...] = 99
+    assert snapshot(optimizer) == before[1]
+
+
+def test_variables_are_live_and_in_the_order_of_keras():
+    _, optimizer = trained(FULL)
+    iteration, rate, *arrays = optimizer.variables
+    assert (iteration.dtype, iteration.shape, iteration.item()) == (np.int64, (), 3)
+    assert (rate.dtype, rate.shape, rate.item()) == (np.float32, (), np.float32(0.001))
+    kinds = ("average", "gradient_accumulator")
+    wanted = [*itertools.product(kinds, FULL.weights)]
+    wanted += [(kind, name) for name in FULL.weights for kind in ("momentum", "norm")]
+    assert len(arrays) == len(wanted)
+    for live, (kind, name) in zip(arrays, wanted, strict=True):
+        assert live is optimizer.state[name][kind], (kind, name)
+    without_rate = trained(SCHEDULED)[1].variables
+    assert [x.dtype for x in without_rate] == [np.int64, *["float32"] * 2, *["float64"] * 2]
+    _, scaled = trained(SCALED)
+    own, inner = scaled.variables[:4], scaled.variables[4:]
+    assert [(x.dtype, x.item()) for x in own] == [
+        *((np.int64, 0), (np.float32, 0)),  # Keras has an iteration and a rate that nothing uses
+        *((np.int64, 1), (np.float32, 4)),
+    ]
+    assert list(map(bits, inner)) == list(map(bits, scaled.inner_optimizer.variables))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_own_variables_round_trip(name):
+    """All but what the layout of Keras has no room for: exclusions, and a rate beyond float32."""
+    case = CASES[name]
+    weights, optimizer = trained(case, 5)
+    store = {}
+    optimizer.save_own_variables(store)
+    assert list(store) == [str(i) for i in range(len(optimizer.variables))]
+    _, other = make(case)
+    other.build(weights) if not case.exclude else other.build(make(case)[0])
+    if case.new_rate:
+        other.learning_rate = case.new_rate
+    other.load_own_variables(store)
+    wanted, received = snapshot(optimizer), snapshot(other)
+    wanted.pop("excluded_from_weight_decay"), received.pop("excluded_from_weight_decay")
+    assert received == wanted
+
+
+def test_a_rate_that_is_ours_rounded_to_float32_stays_ours():
+    _, optimizer = trained(Case({"learning_rate": 0.1}))
+    assert np.float32(0.1) != 0.1
+    optimizer.set_weights(optimizer.variables)
+    assert optimizer.learning_rate == 0.1
+    optimizer.set_weights([optimizer.variables[0], np.float32(0.2), *optimizer.variables[2:]])
+    assert optimizer.learning_rate == float(np.float32(0.2)) != 0.2
+
+
+# ---- What is refused, with nothing changed --------------------------------------------------------
+
+
+def put(value, *path):
+    """Return a function that puts `value` at `path` of a state_dict; without a value, deletes."""
+
+    def change(state_dict):
+        *folders, last = path
+        for key in folders:
+            state_dict = state_dict[key]
+        if value is None:
+            del state_dict[last]
+        else:
+            state_dict[last] = value[0]
+
+    return change
+
+
+ARRAY = ("state", "w", "norm")
+BAD_CALLS = "calls must be an integer >= 0"
+KEYS = "state_dict must have the keys"
+KINDS = r"state of 'w' must have \['average', 'gradient_accumulator', 'momentum', 'norm'\]"
+LIKE = r"norm of 'w' must have shape \(2, 3\) and dtype float32; received "
+RATES = "expected both to be numbers, or neither"
+REFUSED = [  # the optimizer, a change of what it saved, error, message
+    (FULL, put([2], "format_version"), ValueError, "format_version must be 1; received 2"),
+    (FULL, put([None], "format_version"), ValueError, "format_version must be 1; received None"),
+    (FULL, put(None, "format_version"), ValueError, "format_version must be 1; received None"),
+    (FULL, put(None, "calls"), ValueError, KEYS),
+    (FULL, put([1], "more"), ValueError, KEYS),
+    (FULL, put([{}], "loss_scale"), ValueError, KEYS),
+    *((FULL, put([x], "calls"), ValueError, BAD_CALLS) for x in (-1, 2.5, True, "3", None)),
+    (FULL, put([2**63], "calls"), ValueError, "calls"),  # an int64 among `variables`
+    (FULL, put([None], "learning_rate"), ValueError, RATES),
+    (SCHEDULED, put([0.1], "learning_rate"), ValueError, RATES),
+    (FULL, put([-0.1], "learning_rate"), ValueError, "learning_rate must be a number >= 0"),
+    (FULL, put([np.nan], "learning_rate"), ValueError, "learning_rate must be a number >= 0"),
+    (FULL, put(["0.1"], "learning_rate"), TypeError, "learning_rate must be a number >= 0"),
+    (FULL, put([["v"]], "excluded_from_weight_decay"), ValueError, "must name built variables"),
+    (FULL, put([None], "excluded_from_weight_decay"), (TypeError, ValueError), ""),
+    (FULL, put(None, "state", "w"), ValueError, r"missing \['w'\], unknown \[\]"),
+    (FULL, put([{"norm": np.ones(2)}], "state", "v"), ValueError, r"\[\], unknown \['v'\]"),
+    (FULL, put(None, *ARRAY), ValueError, KINDS),
+    (FULL, put([np.ones((2, 3), "f")], "state", "w", "x"), ValueError, KINDS),
+    (FULL, put([np.ones((3, 2), "f")], *ARRAY), ValueError, LIKE + r"shape \(3, 2\)"),
+    (FULL, put([np.ones(6, "f")], *ARRAY), ValueError, LIKE + r"shape \(6,\)"),
+    (FULL, put([np.ones((2, 3))], *ARRAY), ValueError, LIKE + ".* dtype float64"),
+    (FULL, put([np.ones((2, 3), "i4")], *ARRAY), ValueError, LIKE + ".* dtype int32"),
+    (SCALED, put(None, "loss_scale"), ValueError, "must have a 'loss_scale'"),
+    (SCALED, put(None, "loss_scale", "step_counter"), ValueError, "step_counter"),
+    (SCALED, put([1], "loss_scale", "more"), ValueError, "more"),
+    (SCALED, put([-1], "loss_scale", "step_counter"), ValueError, "step_counter must be an integ"),
+    (SCALED, put([0.0], "loss_scale", "dynamic_scale"), ValueError, "dynamic_scale must be a num"),
+    (SCALED, put([-1], "calls"), ValueError, BAD_CALLS),
+]
+
+
+def refused(optimizer, weights, error, match, load, *arguments):
+    before = snapshot(optimizer, weights)
+    with pytest.raises(error, match=match):
+        load(*arguments)
+    assert snapshot(optimizer, weights) == before
+
+
+@pytest.mark.parametrize("through", ["dict", "file"])
+@pytest.mark.parametrize(("case", "change", "error", "match"), REFUSED)
+def test_a_state_that_does_not_fit_is_refused(case, change, error, match, through, tmp_path):
+    state_dict = trained(case, 5)[1].state_dict()
+    weights, optimizer = trained(case, 3)
+    change(state_dict)
+    if through == "dict":
+        refused(optimizer, weights, error, match, optimizer.load_state_dict, state_dict)
+    else:
+        checkpoint.write(tmp_path / "file", state_dict)
+        refused(optimizer, weights, error, match, optimizer.load, tmp_path / "file")
+
+
+@pytest.mark.parametrize("received", [None, [], "state"])
+def test_a_state_dict_is_a_dict(received):
+    weights, optimizer = trained(FULL)
+    match = f"state_dict must be a dict; received {type(received).__name__}"
+    refused(optimizer, weights, TypeError, match, optimizer.load_state_dict, received)
+
+
+def at(i, value):
+    return lambda weights: [*weights[:i], value, *weights[i + 1 :]]
+
+
+REFUSED_WEIGHTS = [  # the optimizer, a change of its `variables`, message
+    (FULL, lambda weights: weights[:-1], "weights must have 10 arrays; received 9"),
+    (FULL, lambda weights: [*weights, 1.0], "weights must have 10 arrays; received 11"),
+    (FULL, lambda weights: [], "weights must have 10 arrays; received 0"),
+    (FULL, at(2, np.ones((3, 2), "f")), r"weights\[2\] must have shape \(2, 3\)"),
+    (FULL, at(9, np.ones(4, "c16")), r"weights\[9\] .* dtype like float64; .* complex128"),
+    (FULL, at(0, np.float32(1)), r"weights\[0\] .* dtype like int64; .* float32"),
+    (FULL, at(0, -1), r"weights\[0\] \(the iteration\) must be an integer >= 0"),
+    (FULL, at(1, -0.5), r"weights\[1\] \(the rate\) must be a number >= 0"),
+    (FULL, at(1, np.nan), r"weights\[1\] \(the rate\) must be a number >= 0"),
+    (SCALED, at(2, -1), "step_counter must be an integer >= 0"),
+    (SCALED, at(3, 0.0), "dynamic_scale must be a number > 0"),
+    (SCALED, at(4, -1), r"weights\[0\] \(the iteration\) must be an integer >= 0"),
+    (FULL, at(8, np.full(4, 1e300)), None),  # fits
+    (FULL, at(6, np.full((2, 3), 1e300)), ""),  # does not fit float32: a RuntimeWarning, or refused
+]
+
+
+@pytest.mark.parametrize("through", ["set_weights", "load_own_variables"])
+@pytest.mark.parametrize(("case", "change", "match"), REFUSED_WEIGHTS)
+def test_arrays_that_do_not_fit_are_refused(case, change, match, through):
+    weights, optimizer = trained(case)
+    received = change([np.array(x) for x in trained(case, 5)[1].variables])
+    if through == "load_own_variables":
+        received = {str(i): x for i, x in enumerate(received)}
+    load = getattr(optimizer, through)
+    if match is None:
+        load(received)
+    else:
+        refused(optimizer, weights, (ValueError, RuntimeWarning), match, load, received)
+
+
+@pytest.mark.parametrize("key", ["10", "01", "x", 9])
+def test_a_store_with_other_keys_is_refused(key):
+    weights, optimizer = trained(FULL)
+    store = {str(i): x for i, x in enumerate(optimizer.variables)}
+    store[key] = store.pop("9")
+    match = "store must have the keys '0', '1', ...; received"
+    refused(optimizer, weights, ValueError, match, optimizer.load_own_variables, store)
+
+
+@pytest.mark.parametrize("case", [FULL, SCALED])
+def test_without_variables_there_is_nothing_to_save_or_load(case, tmp_path):
+    full, (_, empty) = trained(case)[1], make(case)
+    full.save(tmp_path / "file")
+    for call in (
+        empty.state_dict,
+        lambda: empty.save(tmp_path / "another"),
+        lambda: empty.load(tmp_path / "file"),
+        lambda: empty.load_state_dict(full.state_dict()),
+        lambda: empty.set_weights(full.variables),
+        lambda: empty.load_own_variables({str(i): x for i, x in enumerate(full.variables)}),
+    ):
+        with pytest.raises(ValueError, match=r"no state yet: call build\(\) first"):
+            call()
+    assert not empty.built
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
