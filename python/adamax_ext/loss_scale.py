@@ -7,7 +7,8 @@ import numpy as np
 
 from adamax_ext import _settings, checkpoint
 from adamax_ext.exclusive import exclusive
-from adamax_ext.optimizer import Adamax, Rate
+from adamax_ext.learning_rate import Rate
+from adamax_ext.optimizer import Adamax
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array
 

@@ -2,17 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from adamax_ext import _core, _settings, checkpoint, schedules
+from adamax_ext import _core, _settings, checkpoint
+from adamax_ext import learning_rate as rates
 from adamax_ext.exclusion import Exclusion
 from adamax_ext.exclusive import exclusive
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array, State
-
-Rate: TypeAlias = float | schedules.LearningRateSchedule | Callable[[], Any]
 
 
 class Adamax(Saveable):
@@ -70,7 +69,7 @@ class Adamax(Saveable):
 
     def __init__(
         self,
-        learning_rate: Rate = 0.001,
+        learning_rate: rates.Rate = 0.001,
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
@@ -87,7 +86,7 @@ class Adamax(Saveable):
     ) -> None:
         super().__init__()
         positive_or_none = _settings.positive_or_none
-        self._learning_rate = _checked_rate(learning_rate)
+        self._learning_rate = rates.checked(learning_rate)
         self.beta_1 = _settings.real("beta_1", beta_1, "in [0, 1)", lambda x: 0 <= x < 1)
         self.beta_2 = _settings.real("beta_2", beta_2, "in [0, 1)", lambda x: 0 <= x < 1)
         self.epsilon = _settings.positive("epsilon", epsilon)
@@ -293,7 +292,7 @@ class Adamax(Saveable):
             not is_update,
             is_update and self.use_ema and frequency is not None and step % frequency == 0,
             require_finite,
-            self._rate_now() if is_update else 0.0,
+            rates.at(self._learning_rate, self._calls) if is_update else 0.0,
             self.beta_1,
             self.beta_2,
             self.epsilon,
@@ -338,43 +337,19 @@ class Adamax(Saveable):
     @property
     def learning_rate(self) -> float:
         """The rate of the next step. Settable; a number cannot replace a schedule or a callable."""
-        return self._rate_now()
+        return rates.at(self._learning_rate, self._calls)
 
     @learning_rate.setter
-    def learning_rate(self, value: Rate) -> None:
-        rate = _checked_rate(value)
-        if isinstance(rate, float) and not isinstance(self._learning_rate, float):
-            raise TypeError(
-                f"learning_rate is {self._learning_rate!r}, which a number ({value!r}) cannot "
-                "replace: it would be lost without notice. Set another schedule or callable, or "
-                "make the optimizer with a number"
-            )
-        self._learning_rate = rate
-
-    def _rate_now(self) -> float:
-        rate = self._learning_rate
-        if isinstance(rate, float):
-            return rate
-        if isinstance(rate, schedules.LearningRateSchedule):
-            return float(rate(self._calls))
-        return float(rate())
+    def learning_rate(self, value: rates.Rate) -> None:
+        self._learning_rate = rates.replacement(self._learning_rate, value)
 
     # ---- Configuration ---------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as JSON values, in Keras' format."""
-        if isinstance(self._learning_rate, schedules.LearningRateSchedule):
-            learning_rate: Any = schedules.serialize(self._learning_rate)
-        elif isinstance(self._learning_rate, float):
-            learning_rate = self._learning_rate
-        else:
-            raise TypeError(
-                f"a callable learning rate ({self._learning_rate!r}) has no config; expected a "
-                "number or a schedule"
-            )
         return {
             "name": self.name,
-            "learning_rate": learning_rate,
+            "learning_rate": rates.to_config(self._learning_rate),
             **{key: getattr(self, key) for key in _PLAIN_SETTINGS},
         }
 
@@ -382,8 +357,8 @@ class Adamax(Saveable):
     def from_config(cls, config: Mapping[str, Any]) -> "Adamax":
         """Make an optimizer from `get_config` of this class or of ``keras.optimizers.Adamax``."""
         arguments = dict(config)
-        if isinstance(arguments.get("learning_rate"), Mapping):
-            arguments["learning_rate"] = schedules.deserialize(arguments["learning_rate"])
+        if "learning_rate" in arguments:
+            arguments["learning_rate"] = rates.from_config(arguments["learning_rate"])
         return cls(**arguments)
 
     # ---- Saving and loading (the public methods are those of Saveable) ---------------------------
@@ -477,10 +452,3 @@ _PLAIN_SETTINGS = (
     "epsilon",
 )
 _STATE_KEYS = {"format_version", "calls", "learning_rate", "excluded_from_weight_decay", "state"}
-
-
-def _checked_rate(value: Any) -> Rate:
-    if isinstance(value, schedules.LearningRateSchedule) or callable(value):
-        return value  # type: ignore[no-any-return]
-    wanted = ">= 0, a schedule, or a callable without arguments"
-    return _settings.real("learning_rate", value, wanted, lambda x: x >= 0)
