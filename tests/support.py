@@ -44,6 +44,7 @@ def _table(names, rows):
 
 every_pair = _table("param, grad", PAIRS)
 every_16_bit_dtype = _table("dtype", [("float16",), ("bfloat16",)])
+every_dtype = _table("dtype", [("float32",), ("float64",), ("float16",), ("bfloat16",)])
 every_isa = pytest.mark.parametrize("isa", adamax_ext.available_isas())
 
 

@@ -1,4 +1,4 @@
-"""What memory is accepted; and every refusal: its message names the argument and nothing has changed."""
+"""What memory is accepted; and refusals, whose message names the argument, that change nothing."""
 
 import array
 import ctypes
@@ -10,22 +10,16 @@ from multiprocessing import shared_memory
 import numpy as np
 import pytest
 from adamax_ext import Adamax, update
+from support import dtype_of, every_dtype
 
-SUPPORTED = {
-    "float32": ("float32", "float16", "bfloat16"),
-    "float64": ("float64",),
-    "float16": ("float16", "float32"),
-    "bfloat16": ("bfloat16", "float32"),
-}
 WRITTEN = ("param", "m", "u", "average")
 ROLES = ("param", "grad", "m", "u", "average")
+OTHERS = ROLES[1:]  # than the parameter, with which they are compared
 SHAPE = (4, 3)
 
 
 def values(seed, shape=SHAPE, dtype="float32"):
-    if dtype == "bfloat16":
-        dtype = pytest.importorskip("ml_dtypes").bfloat16
-    return np.array(np.random.default_rng(seed).uniform(0.5, 1.5, shape), dtype)
+    return np.array(np.random.default_rng(seed).uniform(0.5, 1.5, shape), dtype_of(dtype))
 
 
 def buffers(shape=SHAPE, dtype="float32"):
@@ -39,12 +33,23 @@ def step(buffers):
 
 
 def contents(objects):
-    """The bits of what among `objects` is, or wraps, an array that can be read."""
+    """The bits of what among `objects` is, or wraps, a readable array."""
     arrays = [getattr(o, "array", o) for o in objects]
-    return [np.asarray(a).tobytes() for a in arrays if isinstance(a, (np.ndarray, array.array, JAX))]
+    is_readable = [isinstance(a, np.ndarray) or "jax" in type(a).__module__ for a in arrays]
+    return [np.asarray(a).tobytes() for a, yes in zip(arrays, is_readable, strict=True) if yes]
 
 
-# ---- Objects with memory -----------------------------------------------------------------------------
+def holders(objects):
+    """How many hold the array behind each DLPack object: more after a step if it is not returned."""
+    return [sys.getrefcount(o.array) for o in objects if isinstance(o, DLPackOnly)]
+
+
+def as_arrays(objects):
+    plain = [o.detach() if hasattr(o, "detach") else getattr(o, "array", o) for o in objects]
+    return [np.asarray(o) for o in plain]
+
+
+# ---- Objects with memory -------------------------------------------------------------------------
 
 
 class DLPackOnly:
@@ -73,7 +78,9 @@ class OnDevice(DLPackOnly):
 
 
 class OnCuda:
-    __cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (64, False), "version": 3}
+    @property
+    def __cuda_array_interface__(self):
+        raise AssertionError("memory of a device was asked for")
 
 
 class BrokenDLPack(DLPackOnly):
@@ -86,12 +93,14 @@ class NoCapsule(DLPackOnly):
         return 1
 
 
+VERSION, FLAGS, DATA, DEVICE, AXES_AND_DTYPE, LENGTHS, STRIDES, OFFSET = 0, 3, 4, 5, 6, 7, 8, 9
+ONES = (ctypes.c_int64 * 65)(*[1] * 65)
+
+
 class Patched(DLPackOnly):
-    """Lends a DLPack tensor of NumPy with other values, or functions of them, in some of its words."""
+    """Lends a DLPack tensor of NumPy with some of its 64-bit words replaced."""
 
-    WORDS = ["version", "context", "deleter", "flags", "data", "device", "ndim_and_dtype", "shape", "strides", "byte_offset"]
-
-    def __init__(self, source, **words):
+    def __init__(self, source, words):
         super().__init__(source)
         self.words = words
 
@@ -99,21 +108,19 @@ class Patched(DLPackOnly):
         capsule = self.array.__dlpack__(max_version=(1, 0))
         signature = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
         pointer = signature(("PyCapsule_GetPointer", ctypes.pythonapi))
-        address = pointer(capsule, b"dltensor_versioned")
-        words = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64))
-        for name, value in self.words.items():
-            i = self.WORDS.index(name)
-            words[i] = value(words[i]) if callable(value) else value
+        words = ctypes.cast(pointer(capsule, b"dltensor_versioned"), ctypes.POINTER(ctypes.c_int64))
+        for index, word in self.words.items():
+            words[index] = word
         return capsule
 
 
-ONES = (ctypes.c_int64 * 65)(*[1] * 65)
+def float32_word(axes, lanes=1):
+    return axes | 2 << 32 | 32 << 40 | lanes << 48
 
 
-def with_65_axes(source, **words):
-    ones, more = ctypes.addressof(ONES), 65 - source.ndim
-    words = {"shape": ones, "strides": ones, **words}
-    return Patched(source, ndim_and_dtype=lambda word: word + more, **words)
+def with_65_axes(source, strides):
+    ones = {LENGTHS: ctypes.addressof(ONES), STRIDES: strides}
+    return Patched(source, {AXES_AND_DTYPE: float32_word(65), **ones})
 
 
 def torch_tensor(source, **options):
@@ -124,7 +131,7 @@ def torch_alias(source):
     return pytest.importorskip("torch").from_numpy(source)
 
 
-def without_storage(source):
+def torch_without_storage(source):
     tensor = torch_tensor(source)
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -143,6 +150,10 @@ def numpy_at_byte(offset):
     return make
 
 
+def anonymous_mmap(size):
+    return mmap.mmap(-1, size)
+
+
 def on(make_bytes):
     def make(source):
         view = memoryview(make_bytes(source.nbytes)).cast("B").cast(source.dtype.char)
@@ -152,41 +163,33 @@ def on(make_bytes):
     return make
 
 
-def released(source):
-    view = memoryview(bytearray(source.nbytes)).cast("f", source.shape)
-    view.release()
-    return view
+def closed(make_bytes):
+    def make(source):
+        memory = make_bytes(source.nbytes)
+        memory.release() if isinstance(memory, memoryview) else memory.close()
+        return memory
+
+    return make
 
 
-def closed_mmap(source):
-    memory = mmap.mmap(-1, source.nbytes)
-    memory.close()
-    return memory
-
-
-# ---- Accepted ----------------------------------------------------------------------------------------
+# ---- Accepted ------------------------------------------------------------------------------------
 
 MAKERS = {
     "NumPy": np.array,
     **{f"NumPy at byte {offset}": numpy_at_byte(offset) for offset in (1, 4, 31)},
-    "NumPy on mmap": lambda a: np.asarray(on(lambda size: mmap.mmap(-1, size))(a)),
+    "NumPy on mmap": lambda a: np.asarray(on(anonymous_mmap)(a)),
     "array.array": lambda a: array.array(a.dtype.char, a.tolist()),
     "bytearray": on(bytearray),
-    "mmap": on(lambda size: mmap.mmap(-1, size)),
+    "mmap": on(anonymous_mmap),
     "ctypes": np.ctypeslib.as_ctypes,
     "torch": torch_tensor,
     "torch that requires grad": lambda a: torch_tensor(a, requires_grad=True),
     "DLPack": DLPackOnly,
     "DLPack before 1.0": OldDLPack,
-    "DLPack with byte_offset": lambda a: Patched(a, data=lambda p: p - 24, byte_offset=24),
-    "DLPack without strides": lambda a: Patched(a, strides=0),
-    "DLPack pinned for CUDA": lambda a: Patched(a, device=3),
+    "DLPack with offset": lambda a: Patched(a, {DATA: a.ctypes.data - 24, OFFSET: 24}),
+    "DLPack without strides": lambda a: Patched(a, {STRIDES: 0}),
+    "DLPack pinned for CUDA": lambda a: Patched(a, {DEVICE: 3}),
 }
-
-
-def as_arrays(objects):
-    plain = [o.detach() if hasattr(o, "detach") else getattr(o, "array", o) for o in objects]
-    return [np.asarray(o) for o in plain]
 
 
 @pytest.mark.parametrize("roles", [*ROLES, ROLES], ids=str)
@@ -195,11 +198,11 @@ def as_arrays(objects):
 def test_objects_with_memory(make, dtype, roles):
     expected = buffers(7, dtype)
     passed = {role: make(a.copy()) if role in roles else a for role, a in buffers(7, dtype).items()}
-    holders = [sys.getrefcount(getattr(o, "array", o)) for o in passed.values()]
+    before = holders(passed.values())
     step(expected)
     step(passed)
     assert contents(as_arrays(passed.values())) == contents(expected.values())
-    assert [sys.getrefcount(getattr(o, "array", o)) for o in passed.values()] == holders
+    assert holders(passed.values()) == before
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -241,19 +244,14 @@ def test_scalars_and_empty_buffers(shape, kind):
     step(flat)
     step(passed)
     assert contents(as_arrays(passed.values())) == contents(flat.values())
-    optimizer = Adamax()
-    optimizer.build([passed["param"]])
-    assert optimizer.apply([passed["grad"]]) == 1
+    assert Adamax().apply([passed["grad"]], [passed["param"]]) == 1
 
 
-@pytest.mark.parametrize("dtype", SUPPORTED)
+@every_dtype
 def test_a_numpy_scalar_is_a_gradient_of_a_scalar(dtype):
-    results = []
-    for convert in (np.asarray, lambda grad: grad[()]):
-        param = values(0, (), dtype)
-        Adamax(0.1).apply([convert(values(1, (), dtype))], [param])
-        results.append(contents([param]))
-    assert results[0] == results[1] != contents([values(0, (), dtype)])
+    parameters = [values(0, (), dtype) for _ in range(3)]
+    Adamax(0.1).apply([grad := values(1, (), dtype), grad[()]], parameters[:2])
+    assert parameters[0] == parameters[1] != parameters[2]
 
 
 READ_ONLY = {
@@ -273,18 +271,16 @@ def test_a_gradient_may_be_read_only(make):
 
 
 def test_a_negated_view_of_torch_keeps_its_sign():
-    gradient = torch_tensor([1 + 2j]).conj().imag  # dense; torch has 2 in memory and a mark for the sign
-    changed = []
-    for grad in (gradient, np.array([-2], np.float32)):
-        changed.append(np.ones(1, np.float32))
-        update(changed[-1], grad, np.zeros(1, np.float32), np.zeros(1, np.float32), step=1)
-    assert changed[0] == changed[1] > 1
+    negated = torch_tensor([1 + 2j]).conj().imag  # +2 in memory, and a mark in the tensor
+    parameters = [np.ones(1, np.float32), np.ones(1, np.float32)]
+    Adamax().apply([negated, np.array([-2], np.float32)], parameters)
+    assert parameters[0] == parameters[1] > 1
 
 
 def test_no_framework_is_imported():
     script = (
-        "import sys, numpy as np, adamax_ext; w, g = np.ones(3), np.ones(3); o = adamax_ext.Adamax();"
-        "o.build([w]); o.apply([g]); adamax_ext.update(w, g, g.copy(), g.copy(), step=1);"
+        "import sys, numpy as np, adamax_ext; w, g = np.ones(3), np.ones(3);"
+        "adamax_ext.Adamax().apply([g], [w]); adamax_ext.update(w, g, g + 1, g + 1, step=1);"
         "print({'torch', 'jax', 'tensorflow', 'keras', 'cupy', 'ml_dtypes'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -294,7 +290,7 @@ def test_no_framework_is_imported():
 def test_shared_memory_is_given_back_after_success_and_refusal():
     memory = shared_memory.SharedMemory(create=True, size=16)
     expected, passed = buffers(4), buffers(4)
-    lent = memory.buf.cast("f")
+    lent = memory.buf[:16].cast("f")
     lent[:] = memoryview(passed["param"])
     passed["param"] = lent
     try:
@@ -302,11 +298,145 @@ def test_shared_memory_is_given_back_after_success_and_refusal():
         with pytest.raises(ValueError, match="average has 5 elements"):
             step({**passed, "average": values(9, 5)})
         step(expected)
-        assert bytes(memory.buf[:16]) == expected["param"].tobytes()
+        assert lent.tolist() == expected["param"].tolist()
     finally:
         lent.release()  # a BufferError while somebody holds it
         memory.close()
         memory.unlink()
 
 
-# ---- Refused -----------------------------------------------------------------------------------------
+# ---- Refused -------------------------------------------------------------------------------------
+
+DTYPES = ("int32", "uint8", "bool", "complex64", str(np.dtype(np.longdouble)), ">f4", "object")
+# For which arguments, the error, its message with a place for the name of the case, and the cases.
+REFUSALS = [
+    (WRITTEN, BufferError, "is read-only", READ_ONLY),
+    (WRITTEN, BufferError, "is read-only; expected memory", {"scalar": lambda a: a.flat[0]}),
+    (WRITTEN, BufferError, "arrays of its library are immutable", {"jax array": jax_array}),
+    (WRITTEN, BufferError, "exported a copy", {"copy": lambda a: Patched(a, {FLAGS: 2})}),
+    (
+        *(ROLES, TypeError, "is a {}; expected an object that exports memory"),
+        {"list": np.ndarray.tolist, "float": lambda a: 0.5, "str": lambda a: "weights"},
+    ),
+    (("param", "m", "u"), TypeError, "is a {}; expected an object", {"NoneType": lambda a: None}),
+    (ROLES, TypeError, "has dtype {}", {x: lambda a, x=x: a.astype(x) for x in DTYPES}),
+    (
+        *(ROLES, TypeError, "has dtype .*{}"),
+        {
+            "int64": lambda a: torch_tensor(a.astype(np.int64)),
+            "bool": lambda a: torch_tensor(a.astype(bool)),
+            "'i'": lambda a: memoryview(a.view(np.int32)),
+            "'B'": lambda a: bytearray(a.nbytes),
+            "lanes": lambda a: Patched(a, {AXES_AND_DTYPE: float32_word(2, lanes=2)}),
+        },
+    ),
+    (
+        *(OTHERS, ValueError, "has {} elements; expected the 12 of"),
+        {"9": lambda a: a[:3], "15": lambda a: values(9, (5, 3)), "1": lambda a: a[:1, :1]},
+    ),
+    (
+        *(OTHERS, ValueError, r"has shape {} \(in elements\); expected the layout of"),
+        {
+            r"\(12,\) .*": np.ravel,
+            r"\(3, 4\) .*": lambda a: a.reshape(3, 4),
+            r".* strides \(1, 4\)": np.asfortranarray,
+            r"\(4, 3\) with strides \(1, 4\)": lambda a: a.reshape(3, 4).T,
+        },
+    ),
+    (
+        *(ROLES, ValueError, r"with strides \({}\) .*expected (dense|the layout)"),
+        {
+            "6, 2": lambda a: np.repeat(a, 2, 1)[:, ::2],
+            "4, 1": lambda a: np.ones((4, 4), a.dtype)[:, :3],
+            "3, -1": lambda a: a[:, ::-1],
+            "0, 1": lambda a: torch_tensor(a[:1]).expand(SHAPE),
+            "1, 1": lambda a: np.lib.stride_tricks.as_strided(a, SHAPE, (4, 4)),
+        },
+    ),
+    (
+        *(ROLES, ValueError, "has a stride of {} bytes; expected whole elements"),
+        {"15": lambda a: np.zeros(SHAPE, [("first", np.float32), ("second", np.int8)])["first"]},
+    ),
+    (
+        *(ROLES, ValueError, r"is on a device \(.*{}\)"),
+        {
+            "DLPack type 2, number 0": OnDevice,
+            "2, number 1": lambda a: Patched(a, {DEVICE: 2 + (1 << 32)}),
+            "": lambda a: OnCuda(),
+        },
+    ),
+    (
+        *(ROLES, BufferError, "did not export its memory: it may be closed"),
+        {"released": closed(lambda n: memoryview(bytearray(n))), "mmap": closed(anonymous_mmap)},
+    ),
+    (
+        *(ROLES, BufferError, "has no memory: it was freed or never allocated"),
+        {"torch": torch_without_storage, "null": lambda a: Patched(a, {DATA: 0})},
+    ),
+    (
+        *(ROLES, BufferError, "did not export its memory by DLPack"),
+        {"meta": lambda a: torch_tensor(a, device="meta"), "broken": BrokenDLPack},
+    ),
+    (ROLES, BufferError, "no DLPack capsule", {"number": NoCapsule}),
+    (ROLES, BufferError, "version 2; expected", {"DLPack 2": lambda a: Patched(a, {VERSION: 2})}),
+    (
+        *(ROLES, ValueError, "more than 64 axes"),
+        {
+            "65": lambda a: with_65_axes(a, ctypes.addressof(ONES)),
+            "65 without strides": lambda a: with_65_axes(a, 0),
+        },
+    ),
+]
+
+
+def refusals(*roles):
+    return pytest.mark.parametrize(
+        ("make", "role", "error", "message"),
+        [
+            pytest.param(make, role, error, message.format(name), id=f"{message}-{name}-{role}")
+            for for_roles, error, message, makers in REFUSALS
+            for name, make in makers.items()
+            for role in roles
+            if role in for_roles
+        ],
+    )
+
+
+@refusals(*ROLES)
+def test_update_refuses(make, role, error, message):
+    good = buffers()
+    passed = {**good, role: make(values(9))}
+    watched = [*good.values(), passed[role]]
+    before, held = contents(watched), holders(watched)
+    with pytest.raises(error, match=f"^{role} .*{message}"):
+        step(passed)
+    assert contents(watched) == before
+    assert holders(watched) == held
+
+
+@refusals("param")
+def test_build_refuses(make, role, error, message):
+    variables = [values(0), make(values(9)), values(1)]
+    before = contents(variables)
+    optimizer = Adamax()
+    for build in (optimizer.build, lambda variables: optimizer.apply([values(2)] * 3, variables)):
+        with pytest.raises(error, match=rf"^variables\[1\] .*{message}"):
+            build(variables)
+        assert contents(variables) == before
+        assert (optimizer.built, optimizer.state, len(optimizer.variables)) == (False, {}, 2)
+    assert optimizer.apply([values(2), values(3)], variables[::2]) == 1
+
+
+@refusals("grad")
+def test_a_refused_last_gradient_leaves_the_first_variable_alone(make, role, error, message):
+    bad = make(values(9))
+    optimizer = Adamax(use_ema=True, global_clipnorm=1.0)
+    parameters, grads = [values(0), values(1)], [values(2), values(3)]
+    optimizer.build({"first": parameters[0], "last": parameters[1]})
+    optimizer.apply(grads)
+    watched = [*parameters, *grads, *optimizer.variables, bad]
+    before = contents(watched)
+    with pytest.raises(error, match=rf"^grads\[1\] \(variable 'last'\) .*{message}"):
+        optimizer.apply([grads[0], bad])
+    assert contents(watched) == before
+    assert optimizer.apply(grads) == 2

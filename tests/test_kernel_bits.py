@@ -1,4 +1,4 @@
-"""One functional step and the norm, bit for bit like the NumPy program, on every ISA and thread."""
+"""The functional step, bit for bit like the NumPy program, on every instruction set."""
 
 import hashlib
 import itertools
@@ -11,7 +11,6 @@ import adamax_ext
 import numpy as np
 import pytest
 import reference
-from adamax_ext import _core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
@@ -20,7 +19,9 @@ from support import (
     bits,
     compute_dtype,
     dtype_of,
+    each_thread_count,
     every_16_bit_dtype,
+    every_dtype,
     every_isa,
     every_pair,
     is_testable,
@@ -38,11 +39,10 @@ RULES = [
     for weight_decay, decay in [(0.0, "decoupled"), (0.213, "decoupled"), (0.213, "l2")]
     for mode in ("outside", "inside")
 ]
-STREAMS = ("param", "grad", "m", "u", "average")
 
 
 def expected_update(arrays, *, grad_scale=1.0, ema_momentum=EMA_MOMENTUM, **settings):
-    """Return what `update` makes of `arrays` (by STREAMS), by the contract program."""
+    """Return what `update` makes of `arrays`, by the contract program."""
     storage = arrays["param"].dtype
     T = compute_dtype(storage).type
     w, m, u = widened(arrays["param"]), arrays["m"].copy(), arrays["u"].copy()
@@ -110,8 +110,11 @@ def special_values(dtype):
     info, limit = np.finfo(T), T(reference.tiny(T))
     tenth, most = T(0.1), info.max
     return np.array(
-        [np.nan, np.inf, -np.inf, 0.0, -0.0, info.smallest_subnormal, -info.tiny / 4, info.tiny]
-        + [limit, np.nextafter(limit, T(0)), -2 * limit, most, -most, 1.0, -tenth, 7e-8],
+        (
+            *(np.nan, np.inf, -np.inf, most, -most, 0.0, -0.0, 1.0, -tenth, 7e-8),
+            *(info.smallest_subnormal, -info.tiny / 4, info.tiny),
+            *(limit, np.nextafter(limit, T(0)), -2 * limit),
+        ),
         T,
     )
 
@@ -191,50 +194,6 @@ def test_any_hyperparameters(pair, seed, hyperparameters):
     assert_same_step(arrays, f"{pair} {hyperparameters}", **hyperparameters)
 
 
-# ---- Tails and alignment ----------------------------------------------------------------------
-
-WIDTH = 16  # elements of the widest vector
-LENGTHS = range(4 * WIDTH + 4)
-ROW = len(LENGTHS) + 2 * WIDTH  # elements: the longest, its offset, and guards on both sides
-
-
-def rows_of(flat, byte_offset):
-    """Copy `flat`, one row a length, to memory that begins at `byte_offset` of an allocation."""
-    memory = np.zeros(flat.nbytes + byte_offset, np.uint8)
-    rows = np.ndarray((len(LENGTHS), ROW), flat.dtype, memory, byte_offset)
-    rows[...] = flat.reshape(rows.shape)
-    return rows
-
-
-def check_lengths(param, grad, byte_shift):
-    """Step row n on n elements, at every offset; all other elements are guards."""
-    rng = np.random.default_rng(2)
-    data = random_arrays(rng, len(LENGTHS) * ROW, param, grad)
-    rule = {**SETTINGS, **RULES[2], "step": 2, "grad_scale": 0.37}
-    stepped = expected_update(data, **rule)
-    column = np.arange(ROW)
-    for offset in range(WIDTH):
-        inside = (column >= offset) & (column < offset + np.array(LENGTHS)[:, None])
-        # Streams begin at unlike places of a vector, and with a shift at odd addresses.
-        rows = {
-            name: rows_of(data[name], byte_shift * (k + 1) + k * data[name].itemsize)
-            for k, name in enumerate(STREAMS)
-        }
-        for n in LENGTHS:
-            do_update({name: rows[name][n, offset : offset + n] for name in STREAMS}, **rule)
-        for name in STREAMS:
-            before, after = (d[name].reshape(inside.shape) for d in (data, stepped))
-            label = f"{name} (rows of {ROW}) at offset {offset}"
-            assert_same_bits(rows[name].copy(), np.where(inside, after, before), label)
-
-
-@every_isa
-@every_pair
-@pytest.mark.parametrize("byte_shift", [0, 1, 3])
-def test_every_length_and_offset_with_guards(isa, param, grad, byte_shift):
-    run_on(isa, check_lengths, param, grad, byte_shift)
-
-
 # ---- 16 bits ----------------------------------------------------------------------------------
 
 
@@ -260,7 +219,7 @@ def check_widening(dtype):
     for w in (zeros.copy(), np.zeros_like(values)):
         m, u = zeros.copy(), zeros.copy()
         adamax_ext.update(w, values, m, u, step=1, beta_1=0.0)
-        assert_same_bits(m, quiet + np.float32(0), f"widened {dtype} gradient")
+        assert_same_bits(m, quiet, f"widened {dtype} gradient")
         assert_same_bits(u, np.abs(quiet), f"magnitude of a {dtype} gradient")
     finite = values[np.isfinite(wide)]
     assert adamax_ext.global_norm([finite]) == reference.global_norm([widened(finite)])
@@ -306,8 +265,6 @@ def check_rounding_at_the_store(dtype):
         chosen = (exponent >= lowest) & (exponent <= highest)
         reached |= chosen
         u = np.ldexp(np.float32(1), k + 1 - exponent[chosen])  # beta_2 halves it
-        if k == -23:
-            assert u.max() <= 2.0**127
         w, average = np.zeros(u.size, dtype_of(dtype)), np.zeros_like(u)
         formula = {"learning_rate": 2.0**k, "beta_1": 0.0, "beta_2": 0.5, "epsilon": 1e-40}
         adamax_ext.update(w, -mantissa[chosen], 0 * u, u, step=1, average=average, **formula)
@@ -331,16 +288,7 @@ NORM_SIZES = [0, 1, 15, 16, 17, 31, 32, 33, *EDGES]
 
 
 def norm_with_threads(buffers):
-    """Return the norm, the same on 1, 2, 3 and 7 threads, the last of them proved to have run."""
-    before = adamax_ext.get_num_threads()
-    _core._override_cpu_limit(8)
-    norms = []
-    for threads in (1, 2, 3, 7):
-        adamax_ext.set_num_threads(threads)
-        assert adamax_ext.get_num_threads() == threads
-        norms.append(adamax_ext.global_norm(buffers))
-    _core._override_cpu_limit(0)
-    adamax_ext.set_num_threads(before)
+    norms = [adamax_ext.global_norm(buffers) for _ in each_thread_count()]
     assert norms == norms[:1] * 4
     return norms[0]
 
@@ -360,14 +308,12 @@ def check_norms(dtype):
     arrays[-1][70_000] = np.nan
     assert math.isnan(adamax_ext.global_norm(arrays))
     assert adamax_ext.global_norm([]) == 0
-    assert adamax_ext.global_norm([np.array([-2.5, 0], dtype_of(dtype))[:1].reshape(())]) == 2.5
+    assert adamax_ext.global_norm([np.array(-2.5, dtype_of(dtype))]) == 2.5
 
 
 @every_isa
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@every_dtype
 def test_norms_at_the_edges_of_blocks(isa, dtype):
-    if not is_testable(dtype):
-        pytest.skip("bfloat16 needs ml_dtypes")
     run_on(isa, check_norms, dtype)
 
 

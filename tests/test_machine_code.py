@@ -1,6 +1,9 @@
-"""Instruction sets stay in their own kernels, and arithmetic is neither fused nor approximated."""
+"""Instruction sets stay in their kernels; no arithmetic is fused, approximate or in other modes."""
 
+import contextlib
 import functools
+import inspect
+import json
 import os
 import platform
 import re
@@ -9,10 +12,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import adamax_ext
 import pytest
-from conftest import run
+from adamax_ext import Adamax, LossScaleOptimizer, schedules
+from conftest import LARGE, SMALL, Mxcsr, in_own_process, run, trained, use_threads
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux",
@@ -25,7 +30,7 @@ VEX = re.compile(r"v(?!err|erw)\w+|k(mov|and|or|not|xor|xnor|add|shift|test|unpc
                  r"|andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx")  # fmt: skip
 FUSED = re.compile(r"vfn?m(add|sub)\w*")
 APPROXIMATE = re.compile(r"v?(rcp|rsqrt|exp2|reduce|range)\w+")
-# Hardware bfloat16 flushes subnormals; the other families are not among what the dispatcher asks for.
+# Hardware bfloat16 flushes subnormals; the dispatcher does not ask for the other families.
 NOT_DISPATCHED = re.compile(r"vdpbf16\w+|vcvtne2?ps2bf16|vpdp\w+|vpermt?i?2?b|vpmadd52\w+|vp4dp\w+"
                             r"|vgf2p8\w+|vpclmul\w+|vaes\w+|vpconflict\w+|vplzcnt\w+|vpopcnt\w+"
                             r"|vadd[ps]h|vmul[ps]h|andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx"
@@ -33,7 +38,7 @@ NOT_DISPATCHED = re.compile(r"vdpbf16\w+|vcvtne2?ps2bf16|vpdp\w+|vpermt?i?2?b|vp
 NON_TEMPORAL = re.compile(r"prefetchnta|v?movnt\w+")
 ALIGNED_MOVE = re.compile(r"v?mov(aps|apd|dqa(32|64)?)")
 # Instructions of the SSE encoding whose memory operand may be unaligned; all others trap.
-SSE_UNALIGNED = re.compile(r"mov(ups|upd|dqu|[lh]p[sd]|ss|sd|d|q)|lddqu|\w+s[sd]|cvt\w+|u?comis[sd]")
+SSE_UNALIGNED = re.compile(r"mov(ups|upd|dqu|[lh]p[sd]|ss|sd|d|q)|lddqu|\w+s[sd]|cvt\w+")
 EVEX = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])|\{1to")
 
 
@@ -121,8 +126,11 @@ def test_instruction_sets_stay_in_their_kernels(cpp_library):
     assert not {name: found for name, found in vex.items() if found}
 
 
-@pytest.mark.parametrize("pattern", [FUSED, APPROXIMATE, NOT_DISPATCHED, NON_TEMPORAL],
-                         ids=["fused", "approximate", "not_dispatched", "non_temporal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [FUSED, APPROXIMATE, NOT_DISPATCHED, NON_TEMPORAL],
+    ids=["fused", "approximate", "not_dispatched", "non_temporal"],
+)
 def test_no_unit_has(cpp_library, pattern):
     found = {name: matching(mnemonics(path), pattern) for name, path in cpp_library.objects.items()}
     assert not {name: names for name, names in found.items() if names}
@@ -137,7 +145,8 @@ def test_no_unit_has(cpp_library, pattern):
     ],
 )
 def test_division_is_a_division(cpp_library, name, register, prefix):
-    wide = {m for _, _, m, operands in instructions(cpp_library.objects[name]) if register in operands}
+    code = instructions(cpp_library.objects[name])
+    wide = {mnemonic for _, _, mnemonic, operands in code if register in operands}
     single = "s" if name == "kernels_scalar" else "p"
     assert {f"{prefix}div{single}s", f"{prefix}div{single}d"} <= wide
 
@@ -204,8 +213,8 @@ STEPS_IN_GUARDED_MODULE = """
     import numpy as np
     import adamax_ext
 
-    path = adamax_ext._core.__file__
-    base = min(int(line.split("-")[0], 16) for line in open("/proc/self/maps") if os.path.realpath(path) in line)
+    path = os.path.realpath(adamax_ext._core.__file__)
+    base = min(int(line.split("-")[0], 16) for line in open("/proc/self/maps") if path in line)
     page = mmap.PAGESIZE
     for text in sys.argv[1:]:
         begin, end = (base + int(number) for number in text.split("-"))
@@ -244,3 +253,83 @@ def test_forced_instruction_set_is_what_runs(forced, guarded):
     crashes = forced in guarded
     expected = (-signal.SIGSEGV, ["guarded"]) if crashes else (0, ["guarded", "done"])
     assert (result.returncode, result.stdout.split()) == expected, result.stderr
+
+
+# ---- Floating-point mode and import --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mode_is_kept(mode):
+    mxcsr = Mxcsr()
+    try:
+        mxcsr.set(mode)
+        yield
+        after = mxcsr.get()
+    finally:
+        mxcsr.set(Mxcsr.DEFAULT)
+    assert after == mode, f"{after:#x} instead of {mode:#x}"
+
+
+MODES = {"flush": 0x9FC0, "down": 0x3F80, "up": 0x5F80, "zero": 0x7F80, "flush_up": 0xDFC0}
+SETTINGS = {
+    "decay": {"weight_decay": 0.1},
+    "clipnorm": {"clipnorm": 0.7, "use_ema": True},
+    "global_clipnorm": {"global_clipnorm": 0.7},
+    "clipvalue": {"clipvalue": 0.1, "use_ema": True, "ema_overwrite_frequency": 2},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "loss_scale": {"loss_scale_factor": 3.0},
+    "dynamic_loss_scale": {"make": lambda: LossScaleOptimizer(Adamax(), initial_scale=3.0)},
+    "schedule": {"learning_rate": schedules.CosineDecay(0.1, 7)},
+}
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_floating_point_mode_matters_not_and_is_kept(dtype, settings):
+    expected = {size: trained(size, dtype=dtype, **settings) for size in (SMALL, LARGE)}
+    results = {}
+
+    def work(mode):  # on a thread of its own, whose first workers inherit the mode
+        guard = functools.partial(mode_is_kept, mode)
+        for size in expected:
+            results[size] = trained(size, dtype=dtype, guard=guard, **settings)
+
+    for name, mode in MODES.items():
+        results.clear()
+        thread = threading.Thread(target=work, args=(mode,))
+        thread.start()
+        thread.join()
+        assert results == expected, name
+
+
+def steps_with_traps():
+    use_threads()
+    for size in (SMALL, LARGE):
+        traps = functools.partial(mode_is_kept, 0x1000)  # any exception but "inexact" is fatal
+        assert trained(size, guard=traps) == trained(size)
+
+
+def test_traps_of_the_caller_do_not_fire():
+    in_own_process(steps_with_traps)
+
+
+IMPORT = """
+import json, numpy, os, sys
+def state():
+    maps = open("/proc/self/maps").read()
+    return [len(os.listdir("/proc/self/task")), Mxcsr().get(), "libcuda" in maps]
+before = state()
+import adamax_ext
+frameworks = {"torch", "jax", "tensorflow", "keras", "cupy", "ml_dtypes", "mxnet"}
+print(json.dumps([before, state(), sorted(frameworks & set(sys.modules))]))
+"""
+
+
+def test_import_starts_and_changes_nothing():
+    code = f"import ctypes, mmap\n{inspect.getsource(Mxcsr)}\n{IMPORT}"
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
+    before, after, frameworks = json.loads(output)
+    assert after == before
+    assert before[1:] == [Mxcsr.DEFAULT, False]
+    assert frameworks == []

@@ -1,11 +1,9 @@
 """`Adamax` bit for bit like the NumPy program: every setting alone and together, on every ISA."""
 
-import functools
 import itertools
 import multiprocessing
 import os
 import re
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
@@ -20,6 +18,7 @@ from support import (
     each_thread_count,
     every_16_bit_dtype,
     every_isa,
+    every_pair,
     is_testable,
     memory_order,
     rounded,
@@ -71,7 +70,7 @@ def assert_same_state(ours, theirs, variables, label):
         for kind, array in ours.state[name].items():
             expected = getattr(theirs, KINDS[kind])[i]
             assert_same_bits(memory_order(array), expected, f"{kind} of {name} after {label}")
-    assert ours._calls == theirs.calls, label
+    assert ours.calls == theirs.calls, label
 
 
 class Rates:
@@ -107,7 +106,7 @@ def check_run(settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, 
     settings = {**PLAIN, **settings}
     names = [row[0] for row in variables]
     weights = [
-        spread(rng, shape, dtype_of(dtype)).copy(order=order)
+        np.array(spread(rng, shape, dtype_of(dtype)), order=order)
         for _, dtype, _, shape, order in variables
     ]
     our_rate, their_rate = rates_of_both(rate) if rate else [settings["learning_rate"]] * 2
@@ -123,7 +122,7 @@ def check_run(settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, 
         grads = [
             None
             if (call, i) in skipped
-            else spread(rng, shape, dtype_of(grad)).copy(order=order) * dtype_of(grad).type(1.5)
+            else np.array(spread(rng, shape, dtype_of(grad)), order=order)
             for i, (_, _, grad, shape, order) in enumerate(variables)
         ]
         expected = [names[i] for i, g in enumerate(grads) if g is None]
@@ -192,27 +191,12 @@ def test_settings_at_their_limits(settings):
 
 
 @every_16_bit_dtype
-def test_storage_of_the_program(dtype):
-    """The program as it is, with its own `storage`, for many steps at a rate lost in rounding."""
-    storage = dtype_of(dtype)
-    settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "clipnorm": 0.5}
-    settings |= {"use_ema": True, "ema_overwrite_frequency": 5}
-    rng = np.random.default_rng(8)
-    weights = [spread(rng, 301, storage), spread(rng, (7, 9), storage)]
-    ours, theirs = Adamax(**settings), ReferenceAdamax(**settings, storage=storage)
-    ours.build(weights)
-    theirs.build([widened(w) for w in weights])
-    for call in range(60):
-        grads = [spread(rng, w.shape, storage) for w in weights]
-        ours.apply(grads)
-        theirs.apply(grads)
-        for i, state in enumerate(ours.state.values()):
-            assert_same_bits(weights[i], rounded(theirs.variables[i], storage), f"call {call}")
-            for kind, array in state.items():
-                assert_same_bits(array, getattr(theirs, KINDS[kind])[i], f"{kind}, call {call}")
+def test_many_steps_that_are_lost_in_rounding(dtype):
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "clipnorm": 0.5, **AVERAGES[2]}
+    check_run(settings, variables=[("w", dtype, dtype, (301,), "C")], calls=60)
 
 
-# ---- Norms that are not finite, edges of blocks, threads, tails -------------------------------
+# ---- Values, sizes, threads -------------------------------------------------------------------
 
 
 def check_poison(dtype):
@@ -256,3 +240,156 @@ def check_threads(settings):
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES[:2], ids=str)
 def test_threads_chunks_and_blocks(isa, clipping, micro_batches):
     run_on(isa, check_threads, {**clipping, **micro_batches, **AVERAGES[2], "weight_decay": 0.213})
+
+
+def count_threads():
+    array, counts = np.ones(2**20, np.float32), []
+    for threads in each_thread_count():
+        assert adamax_ext.get_num_threads() == threads
+        adamax_ext.global_norm([array])
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.skipif(not adamax_ext.build_info()["openmp"], reason="built without OpenMP")
+def test_as_many_threads_run_as_these_tests_ask_for():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        counts = process.submit(count_threads).result()
+    assert [count - counts[0] for count in counts] == [0, 1, 2, 6]
+
+
+# ---- Tails and alignment ----------------------------------------------------------------------
+
+WIDTH = 16  # elements of the widest vector
+LENGTHS = range(4 * WIDTH + 4)
+ROW = len(LENGTHS) + 2 * WIDTH  # the longest, its offset, and guards on both sides
+STREAMS = ("variables", "m", "u", "average", "accumulator")
+
+
+def lay_out(arrays, offset, byte_offset):
+    """Copy `arrays`, one a length, into rows of guards; return all the memory, and the copies."""
+    dtype = arrays[0].dtype
+    memory = np.full(len(LENGTHS) * ROW * dtype.itemsize + byte_offset, 0xA5, np.uint8)
+    rows = np.ndarray((len(LENGTHS), ROW), dtype, memory, byte_offset)
+    views = [rows[n, offset : offset + n] for n in LENGTHS]
+    for view, array in zip(views, arrays, strict=True):
+        view[...] = array
+    return memory, views
+
+
+def check_lengths(param, grad, byte_shift):
+    """Accumulate, clip, update and average n elements for every n, at every offset."""
+    rng = np.random.default_rng(2)
+    storage = dtype_of(param)
+    plain = {**PLAIN, "weight_decay": 0.213, "global_clipnorm": 4.3, "ema_momentum": 0.871}
+    plain["gradient_accumulation_steps"] = 2
+    program = MixedReference(**plain, use_ema=True)
+    program.build([spread(rng, n, storage) for n in LENGTHS])
+    for kind in STREAMS[1:]:
+        setattr(program, kind, [abs(spread(rng, n, program.m[0].dtype)) for n in LENGTHS])
+    kinds = {kind: [a.copy() for a in getattr(program, kind)] for kind in STREAMS}
+    calls = [[spread(rng, n, dtype_of(grad)) for n in LENGTHS] for _ in range(4)]
+
+    def with_gaps(call, grads):
+        return [None if n % 5 == call else g for n, g in zip(LENGTHS, grads, strict=True)]
+
+    for call, grads in enumerate(calls):
+        program.apply(with_gaps(call, grads))
+    for offset in range(WIDTH):
+        # Streams begin at unlike places of a vector, and with a shift at odd addresses.
+        def place(kind, arrays, offset=offset):
+            dtype = storage if kind == "variables" else arrays[0].dtype
+            k = STREAMS.index(kind) + 1
+            return lay_out(
+                [rounded(a, dtype) for a in arrays], offset, k * (byte_shift + dtype.itemsize)
+            )
+
+        placed = {kind: place(kind, arrays) for kind, arrays in kinds.items()}
+        views = [views for _, views in placed.values()]
+        plan = _core.Plan(views[0], [str(n) for n in LENGTHS], *views[1:], [True] * len(LENGTHS))
+        for call, grads in enumerate(calls):
+            _, lent = lay_out(grads, offset, byte_shift)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plan.step(
+                    with_gaps(call, lent),
+                    None,
+                    step=call // 2 + 1,
+                    grad_scale=1.0,
+                    accumulate_only=call % 2 == 0,
+                    overwrite=False,
+                    require_finite=False,
+                    clipnorm=None,
+                    clipvalue=None,
+                    **plain,
+                )
+        for kind in STREAMS:
+            expected, _ = place(kind, getattr(program, kind))
+            wrong = np.flatnonzero(placed[kind][0] != expected)
+            assert not wrong.size, f"{kind} at offset {offset}: byte {wrong[0]} of rows of {ROW}"
+
+
+@every_isa
+@every_pair
+@pytest.mark.parametrize("byte_shift", [0, 1, 3])
+def test_every_length_and_offset_between_guards(isa, param, grad, byte_shift):
+    run_on(isa, check_lengths, param, grad, byte_shift)
+
+
+# ---- Bookkeeping ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=str)
+@pytest.mark.parametrize("average", AVERAGES, ids=str)
+def test_micro_batches_equal_one_batch_as_large(k, clipping, average):
+    """Whole numbers, so that sums and means are exact."""
+    rng = np.random.default_rng(9)
+    settings = {**PLAIN, **clipping, **average, "weight_decay": 0.213, "loss_scale_factor": 4.0}
+    start = [spread(rng, n, d) for n, d in [(53, "float32"), (7, "float64"), (9, "float16")]]
+    small, large = Adamax(**settings, gradient_accumulation_steps=k), Adamax(**settings)
+    ours, theirs = ([w.copy() for w in start] for _ in range(2))
+    small.build(ours)
+    large.build(theirs)
+    for _ in range(5):
+        mean = [rng.integers(-9, 10, w.shape) for w in start]
+        parts = [[rng.integers(-9, 10, w.shape) for w in start] for _ in range(k - 1)]
+        rest = [k * total - sum(others) for total, *others in zip(mean, *parts, strict=True)]
+        for part in (*parts, rest):
+            small.apply([g.astype(w.dtype) for g, w in zip(part, start, strict=True)])
+        large.apply([g.astype(w.dtype) for g, w in zip(mean, start, strict=True)])
+        states = small.state.values(), large.state.values()
+        for w, expected, a, b in zip(ours, theirs, *states, strict=True):
+            assert_same_bits(w, expected, "weights")
+            assert not a["gradient_accumulator"].any()
+            for kind, array in b.items():
+                assert_same_bits(a[kind], array, kind)
+    assert small.iterations == large.iterations == 5
+    assert small.calls == 5 * k
+
+
+def test_state_counts_and_order():
+    weights = {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float64)}
+    a, b = weights.values()
+    optimizer = Adamax(learning_rate=0.25, use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build(weights)
+    state = [optimizer.state[name] for name in weights]
+    live = [s[kind] for kind in ("average", "gradient_accumulator") for s in state]
+    live += [s[kind] for s in state for kind in ("momentum", "norm")]
+    for call in range(1, 6):
+        assert optimizer.apply([]) == call - 1
+        with pytest.raises(ValueError, match="None"):
+            optimizer.apply([None, None])
+        grads = [np.full_like(w, 0.5 * call) for w in (b, a)]
+        assert optimizer.apply_gradients(zip(grads, (b, a), strict=True)) == call
+        assert optimizer.iterations == call // 2
+        iteration, rate, *arrays = optimizer.variables
+        assert (iteration.dtype, iteration, rate.dtype, rate) == (np.int64, call, np.float32, 0.25)
+        assert all(x is y for x, y in zip(arrays, live, strict=True))
+    with pytest.warns(UserWarning, match="'b'"):
+        optimizer.apply([a.copy(), None])
+    assert optimizer.state["b"]["gradient_accumulator"][0, 0] == 2.5  # kept for the next update
+    optimizer.finalize_variable_values([b])
+    assert (b == optimizer.state["b"]["average"]).all()
+    assert (a != optimizer.state["a"]["average"]).all()

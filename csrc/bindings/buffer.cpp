@@ -31,6 +31,7 @@ enum class Protocol {
 };
 
 struct TypeInfo {
+  bool has_sign_mark = false;  // its arrays can be negated views, which DLPack does not tell
   Protocol protocol = Protocol::kNone;
   const DLPackExchangeAPI* table = nullptr;
   bool is_immutable =
@@ -57,6 +58,7 @@ TypeInfo inspect_type(py::handle object, py::handle type) {
     info.is_immutable |= module.rfind(library, 0) == 0;
   }
   info.table = exchange_table(type);
+  info.has_sign_mark = py::hasattr(type, "is_neg");
   if (py::isinstance<py::array>(object)) {
     info.protocol = Protocol::kNumPy;
   } else if (info.table != nullptr) {
@@ -316,6 +318,12 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   const TypeInfo& info = type_info(object);
   if (access == Access::kWrite && info.is_immutable) {
     throw_read_only(label, " (arrays of its library are immutable)");
+  }
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  if (info.has_sign_mark && py::cast<bool>(object.attr(is_neg)())) {
+    throw py::value_error(label.text() +
+                          " is a negated view, whose memory holds the opposite sign; expected "
+                          "plain memory, such as its resolve_neg()");
   }
   switch (info.protocol) {
     case Protocol::kNumPy:
