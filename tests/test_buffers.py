@@ -3,14 +3,16 @@
 import array
 import ctypes
 import mmap
+import re
 import subprocess
 import sys
+from itertools import combinations
 from multiprocessing import shared_memory
 
 import numpy as np
 import pytest
 from adamax_ext import Adamax, update
-from support import dtype_of, every_dtype
+from support import PAIRS, compute_dtype, dtype_of, every_dtype, is_testable
 
 WRITTEN = ("param", "m", "u", "average")
 ROLES = ("param", "grad", "m", "u", "average")
@@ -40,7 +42,7 @@ def contents(objects):
 
 
 def holders(objects):
-    """How many hold the array behind each DLPack object: more after a step if it is not returned."""
+    """How many hold the array behind each DLPack object: one more after a step is a leak."""
     return [sys.getrefcount(o.array) for o in objects if isinstance(o, DLPackOnly)]
 
 
@@ -94,7 +96,8 @@ class NoCapsule(DLPackOnly):
 
 
 VERSION, FLAGS, DATA, DEVICE, AXES_AND_DTYPE, LENGTHS, STRIDES, OFFSET = 0, 3, 4, 5, 6, 7, 8, 9
-ONES = (ctypes.c_int64 * 65)(*[1] * 65)
+MANY_AXES = 100_000
+ONES = (ctypes.c_int64 * MANY_AXES)(*[1] * MANY_AXES)
 
 
 class Patched(DLPackOnly):
@@ -118,9 +121,9 @@ def float32_word(axes, lanes=1):
     return axes | 2 << 32 | 32 << 40 | lanes << 48
 
 
-def with_65_axes(source, strides):
-    ones = {LENGTHS: ctypes.addressof(ONES), STRIDES: strides}
-    return Patched(source, {AXES_AND_DTYPE: float32_word(65), **ones})
+def with_axes(source, axes, strides=ONES):
+    ones = {LENGTHS: ctypes.addressof(ONES), STRIDES: ctypes.addressof(strides) if strides else 0}
+    return Patched(source, {AXES_AND_DTYPE: float32_word(axes), **ones})
 
 
 def torch_tensor(source, **options):
@@ -382,8 +385,9 @@ REFUSALS = [
     (
         *(ROLES, ValueError, "more than 64 axes"),
         {
-            "65": lambda a: with_65_axes(a, ctypes.addressof(ONES)),
-            "65 without strides": lambda a: with_65_axes(a, 0),
+            "65": lambda a: with_axes(a, 65),
+            "many": lambda a: with_axes(a, MANY_AXES),
+            "many, no strides": lambda a: with_axes(a, MANY_AXES, strides=None),
         },
     ),
 ]
@@ -430,13 +434,222 @@ def test_build_refuses(make, role, error, message):
 @refusals("grad")
 def test_a_refused_last_gradient_leaves_the_first_variable_alone(make, role, error, message):
     bad = make(values(9))
-    optimizer = Adamax(use_ema=True, global_clipnorm=1.0)
-    parameters, grads = [values(0), values(1)], [values(2), values(3)]
+    optimizer, parameters, grads = Adamax(use_ema=True), [values(0), values(1)], [values(2)] * 2
     optimizer.build({"first": parameters[0], "last": parameters[1]})
     optimizer.apply(grads)
-    watched = [*parameters, *grads, *optimizer.variables, bad]
-    before = contents(watched)
+    watched = [*parameters, *grads, *optimizer.variables]
+    before, held = contents([*watched, bad]), holders([bad])
     with pytest.raises(error, match=rf"^grads\[1\] \(variable 'last'\) .*{message}"):
         optimizer.apply([grads[0], bad])
-    assert contents(watched) == before
+    assert contents([*watched, bad]) == before
+    assert holders([bad]) == held
     assert optimizer.apply(grads) == 2
+
+
+@pytest.mark.parametrize("grad", sorted({grad for _, grad in PAIRS}))
+@pytest.mark.parametrize("param", sorted({param for param, _ in PAIRS}))
+def test_pairs_of_dtypes(param, grad):
+    if not is_testable(param, grad):
+        pytest.skip("bfloat16 needs ml_dtypes")
+    state = str(compute_dtype(dtype_of(param)))
+    passed = {
+        **buffers(dtype=state),
+        "param": values(0, dtype=param),
+        "grad": values(1, dtype=grad),
+    }
+    good, optimizer = {**passed, "grad": values(1, dtype=param)}, Adamax()
+    optimizer.build([passed["param"]])
+    watched = [*passed.values(), *optimizer.variables]
+    before = contents(watched)
+    if (param, grad) in PAIRS:
+        step(passed)
+        assert optimizer.apply([passed["grad"]]) == 1
+    else:
+        taken = " or ".join(g for p, g in PAIRS if p == param)
+        both = (
+            f"has dtype {grad} but {{}} has dtype {param}, which takes gradients of dtype {taken}$"
+        )
+        with pytest.raises(TypeError, match="^grad " + both.format("param")):
+            step(passed)
+        first = r"s\[0\] \(variable 'variable_0'\) "
+        with pytest.raises(TypeError, match=f"^grad{first}" + both.format("variable" + first[:-1])):
+            optimizer.apply([passed["grad"]])
+        assert contents(watched) == before
+    for role in ("m", "u", "average"):
+        for other in {grad for _, grad in PAIRS} - {state}:
+            with pytest.raises(TypeError, match=f"^{role} has dtype {other}; expected {state} for"):
+                step({**good, role: values(3, dtype=other)})
+
+
+# ---- Overlap -------------------------------------------------------------------------------------
+
+# Two stretches of the same memory.
+OVERLAPS = {
+    "same": (slice(0, 12), slice(0, 12)),
+    "partial": (slice(0, 12), slice(11, 23)),
+    "partial, swapped": (slice(11, 23), slice(0, 12)),
+}
+overlaps = pytest.mark.parametrize(("one", "two"), OVERLAPS.values(), ids=OVERLAPS)
+ALIASES = [np.asarray, torch_alias, DLPackOnly]
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda f: f.__name__)
+@overlaps
+@pytest.mark.parametrize("roles", list(combinations(ROLES, 2)), ids="-".join)
+def test_update_refuses_overlap(roles, one, two, alias):
+    memory = values(9, 30)
+    passed = {**buffers(12), roles[0]: memory[one], roles[1]: alias(memory[two])}
+    before = contents([memory, *passed.values()])
+    if roles == ("param", "grad") and one == two:  # read before it is written
+        expected = dict(zip(ROLES, map(np.array, as_arrays(passed.values())), strict=True))
+        step(expected)
+        step(passed)
+        expected["grad"] = expected["param"]
+        assert contents(as_arrays(passed.values())) == contents(expected.values())
+        return
+    either_way = "|".join(f"^{a} overlaps {b} in memory" for a, b in (roles, roles[::-1]))
+    with pytest.raises(ValueError, match=either_way):
+        step(passed)
+    assert contents([memory, *passed.values()]) == before
+
+
+def test_a_gradient_with_the_address_but_not_the_size_of_its_parameter_is_refused():
+    memory = np.ones(16, np.float32)
+    passed = {**buffers(8), "param": memory.view(np.float16)[:8], "grad": memory[:8]}
+    with pytest.raises(ValueError, match=r"^grad overlaps param in memory, which the step writes"):
+        step(passed)
+    assert (memory == 1).all()
+
+
+def test_neighbours_do_not_overlap():
+    memory = values(0, 60)
+    expected, passed = (dict(zip(ROLES, np.split(m, 5), strict=True)) for m in (memory * 1, memory))
+    step(expected)
+    step(passed)
+    assert contents(passed.values()) == contents(expected.values())
+    step(dict.fromkeys(ROLES, memory[:0]))  # nothing overlaps nothing
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda f: f.__name__)
+@overlaps
+def test_build_refuses_overlap(one, two, alias):
+    memory = values(9, 30)
+    optimizer = Adamax(use_ema=True)
+    a, c = (f"variables[{i}] (variable '{name}')" for i, name in ((0, "a"), (2, "c")))
+    either_way = "|".join(re.escape(f"{x} overlaps {y} in memory") for x, y in ((a, c), (c, a)))
+    with pytest.raises(ValueError, match=f"^({either_way})"):
+        optimizer.build({"a": memory[one], "b": values(1), "c": alias(memory[two])})
+    assert (optimizer.built, optimizer.state, len(optimizer.variables)) == (False, {}, 2)
+    assert optimizer.apply([values(1, 15), values(2, 15)], [memory[:15], memory[15:]]) == 1
+
+
+KINDS = ("momentum", "norm", "average", "gradient_accumulator")
+WRITTEN_PLACES = {
+    "variables[0] (variable 'a')": lambda memory, state: memory[6:18],
+    "variables[1] (variable 'b')": lambda memory, state: memory[12:],
+    **{
+        f"{kind}[{i}] (variable '{'ab'[i]}')": lambda _, state, i=i, kind=kind: state["ab"[i]][kind]
+        for kind in KINDS
+        for i in (0, 1)
+    },
+}
+
+
+@pytest.mark.parametrize("place", WRITTEN_PLACES)
+def test_apply_refuses_a_gradient_in_written_memory(place):
+    memory = values(9, 24)
+    optimizer = Adamax(use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build({"a": memory[:12], "b": memory[12:]})
+    optimizer.apply([values(1, 12), values(2, 12)])
+    before = contents([memory, *optimizer.variables])
+    message = f"grads[0] (variable 'a') overlaps {place} in memory, which the step writes"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        optimizer.apply([WRITTEN_PLACES[place](memory, optimizer.state), values(2, 12)])
+    assert contents([memory, *optimizer.variables]) == before
+    assert optimizer.apply([memory[:12], values(2, 12)]) == 2  # exactly its own parameter
+
+
+# ---- Parameters that change between steps --------------------------------------------------------
+
+CHANGES = {
+    "another dtype": (
+        lambda a: a.astype("f8"),
+        TypeError,
+        "float64; the optimizer was built with f",
+    ),
+    "larger": (
+        lambda a: values(9, (5, 3)),
+        ValueError,
+        "15 elements; expected the 12 of the variab",
+    ),
+    "smaller": (
+        lambda a: a[:1],
+        ValueError,
+        "3 elements; expected the 12 of the variable at build",
+    ),
+    "another layout": (
+        np.asfortranarray,
+        ValueError,
+        "expected the layout of the variable at build",
+    ),
+    "read-only": (READ_ONLY["NumPy"], BufferError, "is read-only"),
+    "broken": (lambda a: None, BufferError, "did not export its memory by DLPack"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_parameter_that_changed(change, error, message):
+    changing, grads = DLPackOnly(values(1)), [values(2), values(3)]
+    optimizer, first = Adamax(), values(0)
+    optimizer.apply(grads, [first, changing])
+    good, watched = changing.array, [first, changing.array, *optimizer.variables]
+    before, changing.array = contents(watched), change(changing.array)
+    for _ in range(2):
+        with pytest.raises(error, match=r"^variables\[1\] \(variable 'variable_1'\) .*" + message):
+            optimizer.apply(grads)
+        assert contents(watched) == before
+    changing.array = good
+    assert optimizer.apply(grads) == 2
+
+
+def test_a_parameter_that_was_closed_or_freed():
+    torch = pytest.importorskip("torch")
+    tensor, view = torch.ones(4), memoryview(bytearray(16)).cast("f")
+    optimizer, first, grads = Adamax(), np.ones(4, np.float32), [np.ones(4, np.float32)] * 3
+    optimizer.build([first, tensor, view])
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(BufferError, match=r"^variables\[1\] .* has no memory: it was freed"):
+        optimizer.apply(grads)
+    tensor.untyped_storage().resize_(16)
+    view.release()
+    with pytest.raises(
+        BufferError, match=r"^variables\[2\] .* did not export its memory: it may be"
+    ):
+        optimizer.apply(grads)
+    assert (first == 1).all()
+    assert not optimizer.calls
+
+
+def test_a_parameter_that_moved():
+    moving, closing, grads = DLPackOnly(values(0)), DLPackOnly(values(1)), [values(2), values(3)]
+    optimizer = Adamax()
+    optimizer.apply(grads, [moving, closing])
+    old, place = moving.array, np.zeros(30, np.float32)
+    untouched = contents([old])
+    moving.array = place[:12].reshape(SHAPE)
+    moving.array[...] = old
+    closing.array, other = None, closing.array
+    with pytest.raises(BufferError, match=r"^variables\[1\]"):
+        optimizer.apply(grads)
+    closing.array = other
+    with pytest.raises(ValueError, match=r"^grads\[1\] .* overlaps variables\[0\]"):
+        optimizer.apply([grads[0], place[6:18].reshape(SHAPE)])
+    assert contents([moving]) == untouched
+    assert optimizer.apply([old, grads[1]]) == 2  # its old place is any memory now
+    assert contents([old]) == untouched != contents([moving])
+    closing.array = moving.array
+    before = contents([moving, *optimizer.variables])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^variables\[.\] .* overlaps variables\[.\]"):
+            optimizer.apply(grads)
+    assert contents([moving, *optimizer.variables]) == before

@@ -1,6 +1,5 @@
 """Adamax against the live Keras optimizer: each setting, configs and saved state both ways."""
 
-import copy
 import inspect
 import json
 import types
@@ -68,7 +67,8 @@ def make_weights(dtype="float32"):
 def make_grads(call, dtype="float32"):
     """Gradients of different size from call to call, now and then zero for one variable."""
     rng = np.random.default_rng(1000 + call)
-    grads = [rng.normal(size=shape) for shape in SHAPES.values()]
+    # A scalar is its own largest element: with a mean, its `m` does not cancel.
+    grads = [rng.normal(0.0 if shape else 2.0, size=shape) for shape in SHAPES.values()]
     size = 10 ** rng.uniform(-1.0, 0.5)
     return [np.array(g * size * (rng.random() > 0.1), dtype) for g in grads]
 
@@ -152,11 +152,9 @@ SETTINGS = [
     {**BASE, "clipvalue": 0.4},
     {**BASE, "global_clipnorm": 9.0},
     {**BASE, "use_ema": True},
-    {**BASE, "use_ema": True, "ema_momentum": 0.7},
     {**BASE, "use_ema": True, "ema_momentum": 0.0},
     {**BASE, **EMA},
     {**BASE, "loss_scale_factor": 300.0, "epsilon": 0.01},
-    {**BASE, "gradient_accumulation_steps": 2},
     {**BASE, "gradient_accumulation_steps": 7},
     {**BASE, "gradient_accumulation_steps": 3, "clipnorm": 1.0, "weight_decay": 0.5},
     {**BASE, "gradient_accumulation_steps": 3, "clipvalue": 0.3, "loss_scale_factor": 7.0},
@@ -173,7 +171,6 @@ def test_hundred_steps_equal_keras(settings, precision, keras):
     for end in (1, 10, STEPS):
         pair.train(range(pair.ours.calls, end))
         pair.require_equal(precision)
-        assert pair.ours.calls == end
         assert pair.ours.iterations == int(pair.theirs.iterations)
         assert pair.ours.learning_rate == pytest.approx(float(pair.theirs.learning_rate), rel=1e-6)
     pair.ours.finalize_variable_values()
@@ -182,9 +179,9 @@ def test_hundred_steps_equal_keras(settings, precision, keras):
 
 
 def test_every_setting_is_compared():
-    names = set(inspect.signature(Adamax).parameters) - {"name"}
-    defaults = {n: inspect.signature(Adamax).parameters[n].default for n in names}
-    assert names == {key for s in SETTINGS for key, value in s.items() if value != defaults[key]}
+    assert {key for s in SETTINGS for key in s} == set(inspect.signature(Adamax).parameters) - {
+        "name"
+    }
 
 
 def test_a_callable_rate_equals_keras(precision, keras):
@@ -249,10 +246,10 @@ def test_averages_count_updates_where_keras_counts_micro_batches(frequency, prec
         for grads in batches:
             pair.ours.apply(grads)
         pair.train_theirs([(a + b + c) / 3 for a, b, c in zip(*batches, strict=True)])
-    theirs = iter(v for v in pair.theirs.variables if v.name.endswith("_average"))
+    averages = [v for v in pair.theirs.variables if v.name.endswith("_average")]
     for (name, state), variable in zip(pair.ours.state.items(), pair.variables, strict=True):
-        precision.require_close(state["average"], next(theirs).numpy(), precision.weights, name)
-        precision.require_close(pair.weights[name], variable.numpy(), precision.weights, name)
+        for ours, theirs in ((state["average"], averages.pop(0)), (pair.weights[name], variable)):
+            precision.require_close(ours, theirs.numpy(), precision.weights, name)
 
 
 def test_averages_do_not_drift_from_those_of_keras(keras):
@@ -272,12 +269,10 @@ def test_configs_move_both_ways(settings, keras):
         expected["learning_rate"] = written["learning_rate"]
     assert written == expected == json.loads(json.dumps(written))
 
-    class_config = {"class_name": "Adamax", "config": copy.deepcopy(written)}
-    theirs = keras.optimizers.deserialize(class_config)
+    theirs = keras.optimizers.deserialize({"class_name": "Adamax", "config": dict(written)})
     assert theirs.get_config() == pair.theirs.get_config()
 
-    config = pair.theirs.get_config()
-    before = copy.deepcopy(config)
+    config, before = pair.theirs.get_config(), pair.theirs.get_config()
     ours = Adamax.from_config(types.MappingProxyType(config))
     assert config == before == ours.get_config()
     assert Adamax.from_config(written).get_config() == written
@@ -319,24 +314,21 @@ def store(request):
 def test_state_moves_and_training_continues(settings, calls, to_ours, store, keras):
     source, target = pair_of(keras, settings).build(), pair_of(keras, settings).build()
     source.train(range(calls))
-    ours, theirs = (source.ours, target.theirs), (source.theirs, target.ours)
-    sender, receiver = theirs if to_ours else ours
+    # After the move one continues what the other began: ours of `left` beside Keras' of `right`.
+    left, right = (target, source) if to_ours else (source, target)
+    sender, receiver = (right.theirs, left.ours) if to_ours else (left.ours, right.theirs)
     sender.save_own_variables(store)
     assert set(store) == {str(i) for i in range(len(sender.variables))}
     assert int(np.array(store["0"])) == calls  # micro-batches included
     receiver.load_own_variables(store)
     for i, variable in enumerate(receiver.variables):
         assert np.array_equal(variable if to_ours else variable.numpy(), np.array(store[str(i)]))
-
-    if to_ours:
-        moved = Pair(keras, target.ours, source.theirs)
-        moved.weights, moved.variables = target.weights, source.variables
-        for weight, variable in zip(moved.weights.values(), moved.variables, strict=True):
+    moved = Pair(keras, left.ours, right.theirs)
+    moved.weights, moved.variables = left.weights, right.variables
+    for weight, variable in zip(moved.weights.values(), moved.variables, strict=True):
+        if to_ours:
             weight[...] = variable.numpy()
-    else:
-        moved = Pair(keras, source.ours, target.theirs)
-        moved.weights, moved.variables = source.weights, target.variables
-        for weight, variable in zip(moved.weights.values(), moved.variables, strict=True):
+        else:
             variable.assign(weight.copy())
     assert moved.ours.calls == calls
     assert moved.ours.iterations == int(moved.theirs.iterations)

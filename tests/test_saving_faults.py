@@ -29,7 +29,7 @@ def child(code):
 
 # ---- Each call of the package fails --------------------------------------------------------------
 
-CALLS = [(os, name) for name in ("open", "fsync", "close", "replace")] + [(checkpoint, "save_file")]
+CALLS = ("open", "fsync", "close", "replace")
 
 
 def interposed(path, fail_at=None, failure=None, after=False):
@@ -51,8 +51,8 @@ def interposed(path, fail_at=None, failure=None, after=False):
 
     checkpoint.write(path, OLD)
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in CALLS:
-            patch.setattr(module, name, interpose(getattr(module, name), name))
+        for name in CALLS:
+            patch.setattr(os, name, interpose(getattr(os, name), name))
         raised = None
         try:
             checkpoint.write(path, NEW)
@@ -66,7 +66,7 @@ def interposed(path, fail_at=None, failure=None, after=False):
 def test_a_failing_call_leaves_one_whole_file_and_no_other(failure, after, tmp_path):
     path = tmp_path / "file"
     calls, _ = interposed(path)
-    assert {"save_file", "fsync", "replace"} <= set(calls)
+    assert {"open", "fsync", "replace", "close"} == set(calls)
     replaced = calls.index("replace")
     for i, name in enumerate(calls):
         assert interposed(path, i, failure, after)[1] is failure, name
@@ -165,8 +165,7 @@ def server(tmp_path_factory):
 def calls(server):
     """(name, how many of that name came before or are it, line) of calls about our files."""
     outcome, log = server.save()
-    assert outcome == "saved"
-    assert is_new(server.path)
+    assert (outcome, is_new(server.path)) == ("saved", True)
     found, counts = [], {}
     for line in log:
         name = re.match(r"\w*", line)[0]
@@ -188,7 +187,8 @@ def test_system_calls_come_in_a_safe_order(server, calls):
     data = [i for i, call in enumerate(calls) if re.search("write|truncate", call[0])]
     file_synced, folder_synced = [i for i, call in enumerate(calls) if call[0].endswith("sync")]
     assert max(data) < file_synced < renamed < folder_synced
-    assert f"<{server.path.parent}>" in calls[folder_synced][2]
+    of_folder = [f"<{server.path.parent}>" in calls[i][2] for i in (file_synced, folder_synced)]
+    assert of_folder == [False, True]
 
 
 @pytest.mark.parametrize("fault", ["error=EIO", "error=ENOSPC", "signal=KILL"])
@@ -232,7 +232,7 @@ def hammer(path, rounds):
 def test_kill_at_any_moment_leaves_one_whole_file(tmp_path):
     command = child(f"os.chdir({str(tmp_path)!r}); t.hammer('file', 60)")
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=DATA.parent)
-    assert int(result.stdout) >= 5  # so the kills did hit saves
+    assert int(result.stdout) >= 1  # so kills did hit saves
 
 
 # ---- Files that are no checkpoint ----------------------------------------------------------------

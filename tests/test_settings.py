@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from adamax_ext import Adamax, _core, schedules
 
-LeastDouble, BelowOne = math.ulp(0.0), math.nextafter(1.0, 0.0)
+LEAST, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)
 NOT_NUMBERS = (True, np.True_, "0.1", [0.1], 1j, np.array([0.1]), {})
 NOT_FINITE = (math.nan, np.float32("nan"), math.inf, -math.inf, 10**400)
 NOT_INTEGERS = (2.0, np.float64(2), "2", True, math.nan, [2], -3, 0)
 # Arguments, what else is refused with ValueError, good values at the edges.
 REAL = [
-    (("learning_rate",), (-LeastDouble, -1), (0, 0.0, 1, np.float16(0.5), Fraction(1, 2))),
-    (("beta_1", "beta_2"), (-LeastDouble, 1, 1.5), (0, BelowOne, np.float32(0.5))),
-    (("epsilon",), (0, -0.0, -1e-7), (LeastDouble, 1, np.float64(0.5))),
-    (("weight_decay",), (-LeastDouble, -1), (0, 0.5, None)),
-    (("clipnorm", "clipvalue", "global_clipnorm"), (0, -1.0), (LeastDouble, 1, 1e300, None)),
-    (("ema_momentum",), (-LeastDouble, math.nextafter(1, 2)), (0, 1, 0.5)),
+    (("learning_rate",), (-LEAST, -1), (0, 0.0, 1, np.float16(0.5), Fraction(1, 2))),
+    (("beta_1", "beta_2"), (-LEAST, 1, 1.5), (0, BELOW_ONE, np.float32(0.5))),
+    (("epsilon",), (0, -0.0, -1e-7), (LEAST, 1, np.float64(0.5))),
+    (("weight_decay",), (-LEAST, -1), (0, 0.5, None)),
+    (("clipnorm", "clipvalue", "global_clipnorm"), (0, -1.0), (LEAST, 1, 1e300, None)),
+    (("ema_momentum",), (-LEAST, math.nextafter(1, 2)), (0, 1, 0.5)),
     (("loss_scale_factor",), (0, -2.0), (1, 2**15, 0.5, None)),
 ]
 INTEGERS = [("ema_overwrite_frequency", 1), ("gradient_accumulation_steps", 2)]
@@ -160,9 +160,7 @@ BAD_RATES = (math.nan, -0.5, math.inf, "fast", "0.1", None, 1j, [0.1], np.ones(2
 
 
 @pytest.mark.parametrize("rate", BAD_RATES, ids=lambda rate: f"{rate!r:.20}")
-@pytest.mark.parametrize(
-    "make", [lambda get: lambda: get(0), from_callable], ids=["callable", "sch"]
-)
+@pytest.mark.parametrize("make", [lambda get: lambda: get(0), from_callable], ids=["", "schedule"])
 def test_a_bad_rate_changes_nothing(make, rate):
     rates = [0.1, rate, 0.1]
     parameter, gradient = np.ones(3), np.full(3, 0.5)
@@ -214,9 +212,7 @@ def test_config_round_trip(settings):
 
 
 def test_what_has_no_config():
-    with pytest.raises(
-        TypeError, match=r"a callable learning rate \(.*\) has no config; expected a"
-    ):
+    with pytest.raises(TypeError, match=r"^a callable learning rate \(.*\) has no config; exp"):
         Adamax(lambda: 0.1).get_config()
     with pytest.raises(ValueError, match=r"^beta_1 must be"):
         Adamax.from_config({**Adamax().get_config(), "beta_1": 2.0})
@@ -283,10 +279,8 @@ def test_set_num_threads_refuses(n):
 
 def test_build_info():
     info = adamax_ext.build_info()
-    assert list(info) == [
-        *["version", "compiler", "flags", "isas_built", "isa_active", "openmp"],
-        "cuda_architectures",
-    ]
+    keys = "version compiler flags isas_built isa_active openmp cuda_architectures"
+    assert " ".join(info) == keys
     assert info["version"] == adamax_ext.__version__ == version("adamax_ext")
     assert info["isa_active"] == adamax_ext.active_isa()
     assert "scalar" in adamax_ext.available_isas()
@@ -323,28 +317,24 @@ SET = "adamax_ext.set_num_threads"
     ],
 )
 def test_number_of_threads(ours, openmp, code, expected):
+    if "setaffinity" in code and not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity")
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     given = {"ADAMAX_EXT_NUM_THREADS": ours, "OMP_NUM_THREADS": openmp}
     environment |= {name: value for name, value in given.items() if value is not None}
-    command = [
-        sys.executable,
-        "-c",
-        f"import adamax_ext; {code} print(adamax_ext.get_num_threads())",
-    ]
-    if code.startswith(ONE_CPU) and not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system has no affinity")
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert (run.stdout, run.stderr) == (f"{expected}\n", "")
+    script = f"import adamax_ext; {code} print(adamax_ext.get_num_threads())"
+    assert (
+        subprocess.check_output([sys.executable, "-c", script], env=environment)
+        == b"%d\n" % expected
+    )
 
 
 V2, V1 = "0::/a/b\n", "12:pids:/z\n4:cpu,cpuacct:/a/b\n3:cpuset:/c\n"
 
 
 def v1(folder, quota, period=100000):
-    return {
-        f"{folder}/cpu.cfs_quota_us": f"{quota}\n",
-        f"{folder}/cpu.cfs_period_us": f"{period}\n",
-    }
+    values = {"quota": quota, "period": period}
+    return {f"{folder}/cpu.cfs_{name}_us": f"{value}\n" for name, value in values.items()}
 
 
 @pytest.mark.parametrize(

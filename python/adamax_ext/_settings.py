@@ -24,10 +24,12 @@ def not_negative(name: str, value: Any) -> float:
     return real(name, value, ">= 0", lambda x: x >= 0)
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """Return `value` as an int; ValueError unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}; received {value!r}")
+def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    """Return `value` as an int; ValueError unless it is an integer from `least` to `most`."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (is_integer and least <= value <= most):
+        bound = f">= {least}" if not is_integer or value < least else f"<= {most}"
+        raise ValueError(f"{name} must be an integer {bound}; received {value!r}")
     return int(value)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 FORMAT_VERSION = 1
 _HEADER = "adamax_ext"
@@ -31,24 +31,24 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     }
     header = {key: value for key, value in state_dict.items() if key != "state"}
     target = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    data = safetensors.numpy.save(tensors, metadata={_HEADER: json.dumps(header)})
+    temporary = target.with_name(f".adamax_ext-{secrets.token_hex(8)}.tmp")
     try:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-        _sync(temporary)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
         os.replace(temporary, target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync(target.parent)  # the new name itself survives a power failure
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(folder)  # the new name itself survives a power failure
     finally:
-        os.close(descriptor)
+        os.close(folder)
 
 
 def read(path: PathLike) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def require_format(state_dict: dict[str, Any], keys: set[str]) -> None:
 
 def require_like(state: Any, expected: State) -> None:
     """Raise ValueError unless `state` has the names, kinds, shapes and dtypes of `expected`."""
+    if not isinstance(state, dict) or not all(isinstance(x, dict) for x in state.values()):
+        raise ValueError(f"state must be a dict of dicts of arrays; received {state!r}")
     if set(state) != set(expected):
         missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
         raise ValueError(
@@ -115,14 +117,20 @@ def require_like(state: Any, expected: State) -> None:
                 )
 
 
-def require_weights(weights: list[np.ndarray[Any, Any]], expected: list[Any]) -> None:
-    """Raise ValueError unless `weights` can be copied into `expected`, one by one."""
+def converted(weights: list[np.ndarray[Any, Any]], expected: list[Any]) -> list[Any]:
+    """Return `weights` with the dtypes of `expected`; ValueError unless all fit there."""
     if len(weights) != len(expected):
         raise ValueError(f"weights must have {len(expected)} arrays; received {len(weights)}")
+    result = []
     for i, (weight, array) in enumerate(zip(weights, expected, strict=True)):
-        castable = np.can_cast(weight.dtype, array.dtype, "same_kind")
-        if weight.shape != array.shape or not castable:
+        try:
+            if weight.shape != array.shape:
+                raise TypeError("another shape")
+            with np.errstate(over="raise"):
+                result.append(weight.astype(array.dtype, casting="same_kind"))
+        except (TypeError, FloatingPointError) as error:
             raise ValueError(
                 f"weights[{i}] must have shape {array.shape} and a dtype like {array.dtype}; "
-                f"received shape {weight.shape} and dtype {weight.dtype}"
-            )
+                f"received shape {weight.shape} and dtype {weight.dtype} ({error})"
+            ) from error
+    return result

@@ -168,17 +168,18 @@ class LossScaleOptimizer(Saveable):
         return {**self.inner_optimizer.state_dict(), "loss_scale": own}
 
     def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        if not isinstance(state_dict, dict) or "loss_scale" not in state_dict:
+        own = state_dict.get("loss_scale") if isinstance(state_dict, dict) else None
+        if not isinstance(own, dict) or set(own) != {"dynamic_scale", "step_counter"}:
             raise ValueError(
-                "state_dict must have a 'loss_scale'; it is not of a LossScaleOptimizer"
+                "state_dict must have a 'loss_scale' with dynamic_scale and step_counter; "
+                f"received {own!r}"
             )
         inner = {key: value for key, value in state_dict.items() if key != "loss_scale"}
-        own = state_dict["loss_scale"]
         scale, counter = own["dynamic_scale"], own["step_counter"]
         return self._prepare(scale, counter, self.inner_optimizer.prepare_state_dict(inner))
 
     def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
-        checkpoint.require_weights(weights, self.variables)
+        weights = checkpoint.converted(weights, self.variables)
         counter, scale = weights[2].item(), weights[3].item()
         return self._prepare(scale, counter, self.inner_optimizer.prepare_variables(weights[4:]))
 

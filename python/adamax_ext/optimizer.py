@@ -381,7 +381,7 @@ class Adamax(Saveable):
 
     def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
         checkpoint.require_format(state_dict, _STATE_KEYS)
-        calls = _settings.integer("calls", state_dict["calls"], least=0)
+        calls = _settings.integer("calls", state_dict["calls"], least=0, most=_MAX_CALLS)
         rate, saved_rate = self._learning_rate, state_dict["learning_rate"]
         if (saved_rate is None) == isinstance(rate, float):
             raise ValueError(
@@ -392,7 +392,7 @@ class Adamax(Saveable):
             rate = _settings.not_negative("learning_rate", saved_rate)
         assert self._state is not None
         names, excluded = self._state.names, state_dict["excluded_from_weight_decay"]
-        if not set(excluded) <= set(names):
+        if not isinstance(excluded, list) or not set(excluded) <= set(names):
             raise ValueError(
                 f"excluded_from_weight_decay must name built variables, {names}; "
                 f"received {excluded}"
@@ -412,8 +412,8 @@ class Adamax(Saveable):
 
     def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
         own = self.variables
-        checkpoint.require_weights(weights, own)
-        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), least=0)
+        weights = checkpoint.converted(weights, own)
+        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), 0, _MAX_CALLS)
         rate = self._learning_rate
         if isinstance(rate, float):
             received = _settings.not_negative("weights[1] (the rate)", weights[1].item())
@@ -423,7 +423,7 @@ class Adamax(Saveable):
         def commit() -> None:
             self._calls, self._learning_rate = calls, rate
             for array, weight in zip(own, weights, strict=True):
-                np.copyto(array, weight, casting="same_kind")
+                array[...] = weight
 
         return commit
 
@@ -451,4 +451,5 @@ _PLAIN_SETTINGS = (
     "beta_2",
     "epsilon",
 )
+_MAX_CALLS = 2**53  # exact in JSON
 _STATE_KEYS = {"format_version", "calls", "learning_rate", "excluded_from_weight_decay", "state"}

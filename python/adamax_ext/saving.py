@@ -122,5 +122,5 @@ class Saveable(Exclusive, ABC):
         """
         keys = [str(i) for i in range(len(store))]
         if set(store) != set(keys):
-            raise ValueError(f"store must have the keys '0', '1', ...; received {sorted(store)}")
+            raise ValueError(f"store must have the keys '0', '1', ...; received {list(store)}")
         self.set_weights(store[key] for key in keys)

@@ -1,0 +1,393 @@
+"""LossScaleOptimizer: what it skips, that it steps like Adamax, its scale, its checkpoints."""
+
+import copy
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+from adamax_ext import Adamax, LossScaleOptimizer, schedules
+from support import assert_same_bits, dtype_of, every_pair
+from test_schedules import load_keras
+
+# Of Keras, whose variables do not yet say `copy` to NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SHAPES = {"kernel": (37, 5), "bias": (5,), "gain": ()}
+INF, NAN = math.inf, math.nan
+
+
+def make_weights(dtype="float32", seed=3):
+    rng = np.random.default_rng(seed)
+    return {n: np.array(rng.normal(size=s), dtype_of(dtype)) for n, s in SHAPES.items()}
+
+
+def make_grads(call, dtype="float32", scale=1.0):
+    rng = np.random.default_rng(100 + call)
+    return [np.array(rng.normal(size=s) * scale, dtype_of(dtype)) for s in SHAPES.values()]
+
+
+def poisoned(grads, variable, element, value):
+    grads = [g.copy() for g in grads]
+    grads[variable].reshape(-1)[element] = value
+    return grads
+
+
+def everything(optimizer, weights):
+    """All that a skipped call must leave as it is, apart from scale and counter."""
+    adamax = getattr(optimizer, "inner_optimizer", optimizer)
+    arrays = [*weights.values(), *adamax.variables]
+    return [np.array(adamax.calls), *(array.copy() for array in arrays)]
+
+
+def assert_same(actual, expected):
+    for i, (array, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(array, other, f"array {i} of everything")
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@every_pair
+def test_a_gradient_that_is_not_finite_is_skipped(param, grad, value):
+    """Wherever it is: first, last, in the middle of a vector, in any variable."""
+    weights = make_weights(param)
+    optimizer = LossScaleOptimizer(Adamax(0.1, use_ema=True, weight_decay=0.1), 1024.0)
+    optimizer.build(weights)
+    optimizer.apply(make_grads(0, grad))
+    places = [(0, 0), (0, -1), (0, 91), (1, 0), (1, -1), (2, 0)]
+    for n, (variable, element) in enumerate(places):
+        before = everything(optimizer, weights)
+        assert optimizer.apply(poisoned(make_grads(1, grad), variable, element, value)) == 1
+        assert_same(everything(optimizer, weights), before)
+        assert optimizer.dynamic_scale == 1024.0 / 2 ** (n + 1)
+        assert optimizer.step_counter == 0
+    assert optimizer.apply(make_grads(1, grad)) == 2
+    assert optimizer.step_counter == 1
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 300_001])
+def test_the_one_bad_element_of_many_is_found(size):
+    weight = np.zeros(size, np.float32)
+    optimizer = LossScaleOptimizer(Adamax(), 2.0**40)
+    optimizer.build([weight])
+    for n, element in enumerate({0, size // 2, size - 1}):
+        grad = np.ones(size, np.float32)
+        grad[element] = NAN
+        optimizer.apply([grad])
+        assert optimizer.dynamic_scale == 2.0 ** (39 - n)
+    assert not weight.any()
+
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38, "float64": 1e308}
+
+
+@pytest.mark.parametrize("settings", [{}, {"clipnorm": 1.0}], ids=str)
+@every_pair
+def test_huge_finite_gradients_are_finite(param, grad, settings):
+    """For float64 even where their squares, or the sum of them, are not."""
+    weights, expected = make_weights(param), make_weights(param)
+    optimizer = LossScaleOptimizer(Adamax(**settings), 2.0**20)
+    plain = Adamax(**settings, loss_scale_factor=2.0**20)
+    grads = [np.full(s, LARGEST[grad], dtype_of(grad)) for s in SHAPES.values()]
+    grads[0][::2] *= -1
+    assert optimizer.apply(grads, list(weights.values())) == 1
+    assert plain.apply(grads, list(expected.values())) == 1
+    assert_same(everything(optimizer, weights), everything(plain, expected))
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (2.0**20, 1)
+    for variable in range(len(SHAPES)):
+        before = everything(optimizer, weights)
+        optimizer.apply(poisoned(grads, variable, -1, INF))
+        assert_same(everything(optimizer, weights), before)
+    assert optimizer.dynamic_scale == 2.0**17
+
+
+@pytest.mark.parametrize(("dtype", "huge"), [("float32", 1e38), ("float64", 1e308)])
+def test_a_finite_gradient_is_finite_however_small_the_scale(dtype, huge):
+    """Although it overflows when it is unscaled, as in Adamax and in Keras."""
+    weight, expected = np.ones((2, 3), dtype)
+    optimizer, plain = LossScaleOptimizer(Adamax(), 0.25), Adamax(loss_scale_factor=0.25)
+    grad = np.array([huge, 1.0, 2.0], dtype)
+    optimizer.apply([grad], [weight])
+    plain.apply([grad], [expected])
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (0.25, 1)
+    assert_same_bits(weight, expected, "weight")
+
+
+def test_variables_of_several_dtypes_are_looked_at_together():
+    pairs = [("float64", "float64"), ("float16", "float16"), ("float32", "float16")]
+    weights = [np.ones(9, dtype) for dtype, _ in pairs]
+    optimizer = LossScaleOptimizer(Adamax(), 64.0)
+    for bad in range(len(pairs)):
+        grads = [np.full(9, 1e300 if dtype == "float64" else 1.0, dtype) for _, dtype in pairs]
+        grads[bad][4] = NAN
+        optimizer.apply(grads, weights)
+    assert optimizer.dynamic_scale == 8.0
+    assert all((weight == 1).all() for weight in weights)
+
+
+def test_the_first_call_may_be_a_bad_one():
+    weights = make_weights()
+    optimizer = LossScaleOptimizer(Adamax(), 8.0)
+    bad = poisoned(make_grads(0), 1, 2, NAN)
+    assert optimizer.apply_gradients(zip(bad, weights.values(), strict=True)) == 0
+    assert (optimizer.built, optimizer.dynamic_scale, optimizer.iterations) == (True, 4.0, 0)
+    assert all(np.array_equal(w, make_weights()[n]) for n, w in weights.items())
+    assert not any(a.any() for s in optimizer.state.values() for a in s.values())
+
+
+def test_absent_gradients_are_neither_finite_nor_bad():
+    weights = make_weights()
+    optimizer = LossScaleOptimizer(Adamax(0.1), 8.0)
+    optimizer.build(weights)
+    before = everything(optimizer, weights)
+    assert optimizer.apply([]) == 0
+    assert optimizer.apply(()) == 0
+    with pytest.raises(ValueError, match="every entry is None"):
+        optimizer.apply([None, None, None])
+    with pytest.raises(ValueError, match="has 36 elements"):
+        optimizer.apply([np.ones(36, np.float32), *make_grads(0)[1:]])
+    assert_same(everything(optimizer, weights), before)
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (8.0, 0)
+    with pytest.warns(UserWarning, match="no gradient for 'bias'"):
+        optimizer.apply([make_grads(0)[0], None, make_grads(0)[2]])
+    assert optimizer.apply(poisoned(make_grads(0)[:1], 0, 7, INF), [weights["kernel"]]) == 1
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (4.0, 0)
+    assert np.array_equal(weights["bias"], make_weights()["bias"])
+
+
+SETTINGS = [
+    {},
+    {"weight_decay": 0.2, "beta_1": 0.5, "epsilon": 0.1},
+    {"clipvalue": 0.3},
+    {"clipnorm": 0.7},
+    {"global_clipnorm": 0.9},
+    {"use_ema": True, "ema_momentum": 0.7, "ema_overwrite_frequency": 3},
+    {"gradient_accumulation_steps": 3},
+    {"gradient_accumulation_steps": 3, "clipnorm": 0.7},
+    {"gradient_accumulation_steps": 2, "global_clipnorm": 0.7, "use_ema": True},
+    {"learning_rate": schedules.InverseTimeDecay(0.1, 5, 0.5), "gradient_accumulation_steps": 2},
+]
+# Calls with a bad gradient: first, last, two in a row, and at every place among micro-batches.
+BAD_CALLS = {0, 4, 8, 9, 13, 18, 26, 29}
+
+
+@pytest.mark.parametrize("initial_scale", [2.0**10, 1000.0, 3e-5])
+@every_pair
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_good_steps_have_the_bits_of_adamax(settings, param, grad, initial_scale):
+    """As if the bad calls had never been: what was accumulated before them is kept."""
+    weights, expected = make_weights(param), make_weights(param)
+    optimizer = LossScaleOptimizer(Adamax(**settings), initial_scale, dynamic_growth_steps=4)
+    plain = Adamax(**settings)
+    optimizer.build(weights)
+    plain.build(expected)
+    scale, counter = initial_scale, 0
+    for call in range(30):
+        assert (optimizer.dynamic_scale, optimizer.step_counter) == (scale, counter)
+        grads = make_grads(call, grad, scale)
+        if call in BAD_CALLS:
+            grads = poisoned(grads, call % 3, -1, (INF, -INF, NAN)[call % 3])
+            scale, counter = scale / 2, 0
+        else:
+            plain.loss_scale_factor = scale
+            plain.apply(grads)
+            scale, counter = (scale * 2, 0) if counter == 3 else (scale, counter + 1)
+        assert optimizer.apply(grads) == plain.calls
+        assert optimizer.iterations == plain.iterations
+        assert_same(everything(optimizer, weights), everything(plain, expected))
+    optimizer.finalize_variable_values()
+    plain.finalize_variable_values()
+    assert_same(everything(optimizer, weights), everything(plain, expected))
+
+
+def test_a_scale_that_left_the_range_of_float32_still_works():
+    """Thousands of good steps, or of bad ones, must not end in an error or in a lost checkpoint."""
+    for initial_scale, value in ((2.0**120, 1.0), (2.0**-140, NAN)):
+        optimizer = LossScaleOptimizer(Adamax(), initial_scale, dynamic_growth_steps=1)
+        optimizer.build([np.ones(3, np.float32)])
+        for _ in range(1200):
+            optimizer.apply([np.full(3, value, np.float32)])
+        optimizer.load_own_variables(stored(optimizer))
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_scale_loss():
+    optimizer = LossScaleOptimizer(Adamax(), 8.0, dynamic_growth_steps=2)
+    assert optimizer.scale_loss(0.5) == 4.0
+    scaled = optimizer.scale_loss(np.full(2, 0.5, np.float32))
+    assert_same_bits(scaled, np.full(2, 4.0, np.float32), "loss")
+    optimizer.build([np.ones(3, np.float32)])
+    for value, expected in [(INF, 4.0), (1, 4.0), (1, 8.0), (1, 8.0), (NAN, 4.0), (1, 4.0)]:
+        optimizer.apply([np.full(3, value, np.float32)])
+        assert optimizer.scale_loss(1.0) == expected
+
+
+def test_it_stands_for_its_inner_optimizer():
+    inner = Adamax(0.5, loss_scale_factor=7.0, weight_decay=0.5)
+    optimizer = LossScaleOptimizer(inner)
+    assert inner.loss_scale_factor is None
+    assert inner.scale_loss(3.0) == 3.0
+    assert (optimizer.inner_optimizer, optimizer.built) == (inner, False)
+    optimizer.exclude_from_weight_decay(var_names=["b"])
+    weights = {name: np.ones(2, np.float32) for name in "ab"}
+    optimizer.build(weights)
+    optimizer.apply([np.zeros(2, np.float32)] * 2)
+    assert (weights["a"].tolist(), weights["b"].tolist()) == ([0.75, 0.75], [1.0, 1.0])
+    assert optimizer.state["b"]["norm"] is inner.state["b"]["norm"]
+    optimizer.learning_rate = 0.25
+    assert optimizer.learning_rate == inner.learning_rate == 0.25
+
+
+def stored(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return store
+
+
+WAYS = {
+    "file": lambda a, b, path: (a.save(path), b.load(path)),
+    "state_dict": lambda a, b, path: b.load_state_dict(a.state_dict()),
+    "own_variables": lambda a, b, path: b.load_own_variables(stored(a)),
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def train(optimizer, calls, convert=np.asarray):
+    """Train with bad gradients among them, which only Adamax itself is spared."""
+    for call in calls:
+        grads = make_grads(call)
+        if call in BAD_CALLS and not isinstance(optimizer, Adamax):
+            grads = poisoned(grads, 0, 0, INF)
+        optimizer.apply([convert(grad) for grad in grads])
+
+
+def trained(calls, settings, wrapped=True, scale=2.0**12):
+    weights, optimizer = make_weights(), Adamax(**settings)
+    if wrapped:
+        optimizer = LossScaleOptimizer(optimizer, scale, dynamic_growth_steps=4)
+    optimizer.build(weights)
+    train(optimizer, range(calls))
+    return optimizer, weights
+
+
+@each_way
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_it_saves_and_loads_with_its_inner_optimizer(settings, way, tmp_path):
+    source, weights = trained(11, settings)
+    target, others = trained(2, settings, scale=1.0)
+    assert (source.dynamic_scale, source.step_counter) != (target.dynamic_scale, 0)
+    WAYS[way](source, target, tmp_path / "file")
+    for name, weight in others.items():
+        weight[...] = weights[name]
+    for calls in (range(0), range(11, 30)):
+        train(source, calls)
+        train(target, calls)
+        assert_same(everything(target, others), everything(source, weights))
+        assert target.dynamic_scale == source.dynamic_scale
+        assert target.step_counter == source.step_counter
+
+
+@each_way
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_plain_and_wrapped_refuse_the_checkpoints_of_each_other(wrapped, way, tmp_path):
+    source, _ = trained(5, {}, wrapped)
+    target, _ = trained(2, {}, not wrapped)
+    before = [array.copy() for array in target.variables]
+    message = "received 12" if wrapped else "received 8"
+    if way != "own_variables":
+        message = "must have the keys" if wrapped else "not of a LossScaleOptimizer"
+    with pytest.raises(ValueError, match=message):
+        WAYS[way](source, target, tmp_path / "file")
+    assert_same(target.variables, before)
+
+
+@pytest.mark.parametrize("to_ours", [True, False], ids=["from_keras", "to_keras"])
+@pytest.mark.parametrize("settings", [{}, SETTINGS[7]], ids=str)
+def test_scale_steps_and_state_equal_keras(settings, to_ours):
+    keras = load_keras()
+    source = (trained(11, settings), trained_by_keras(keras, 11, settings))
+    target = (trained(2, settings, scale=1.0), trained_by_keras(keras, 2, settings, scale=1.0))
+    ours, weights = (target if to_ours else source)[0]
+    theirs, variables = (source if to_ours else target)[1]
+    sender, receiver = (theirs, ours) if to_ours else (ours, theirs)
+    receiver.load_own_variables(stored(sender))
+    for weight, variable in zip(weights.values(), variables, strict=True):
+        if to_ours:
+            weight[...] = variable.numpy()
+        else:
+            variable.assign(weight.copy())
+    for calls in (range(0), range(11, 30)):
+        train(ours, calls)
+        train(theirs, calls, keras.ops.convert_to_tensor)
+        own = [("step_counter", ours.step_counter), ("dynamic_scale", ours.dynamic_scale)]
+        assert [(v.name, float(v.numpy())) for v in theirs.variables[2:4]] == own
+        pairs = [*zip(ours.variables[2:], theirs.variables[2:], strict=True)]
+        for array, variable in [*pairs, *zip(weights.values(), variables, strict=True)]:
+            # Of the largest element: where `m` cancels, older roundings are left.
+            tolerance = 2e-6 * np.abs(variable.numpy()).max()
+            np.testing.assert_allclose(array, variable.numpy(), 0, tolerance, err_msg=variable.name)
+    assert ours.inner_optimizer.calls == int(stored(theirs)["4"])
+
+
+def trained_by_keras(keras, calls, settings, scale=2.0**12):
+    variables = [keras.Variable(value, name=name) for name, value in make_weights().items()]
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adamax(**settings), scale, 4)
+    optimizer.build(variables)
+    train(optimizer, range(calls), keras.ops.convert_to_tensor)
+    return optimizer, variables
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_configs_move_between_keras_and_here(settings):
+    keras = load_keras()
+    ours = LossScaleOptimizer(Adamax(**settings), 128.0, 7, "mine")
+    theirs = keras.optimizers.LossScaleOptimizer.from_config(ours.get_config())
+    config, before = theirs.get_config(), theirs.get_config()
+    again = LossScaleOptimizer.from_config(types.MappingProxyType(config))
+    assert config == before
+    assert list(config) == list(ours.get_config())
+    inner = again.inner_optimizer.get_config()
+    assert inner == config["inner_optimizer"]["config"]
+    inner["learning_rate"] = ours.inner_optimizer.get_config()["learning_rate"]  # not in float32
+    assert inner == ours.inner_optimizer.get_config()
+    assert (again.initial_scale, again.dynamic_growth_steps, again.name) == (128.0, 7, "mine")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_config(settings):
+    optimizer = LossScaleOptimizer(Adamax(**settings), 100, 7, "mine")
+    config = optimizer.get_config()
+    before = copy.deepcopy(config)
+    again = LossScaleOptimizer.from_config(types.MappingProxyType(config))
+    assert config == before == again.get_config() == json.loads(json.dumps(config))
+    assert (again.initial_scale, again.dynamic_growth_steps, again.name) == (100.0, 7, "mine")
+    assert again.inner_optimizer.get_config() == optimizer.inner_optimizer.get_config()
+    own = {"name": "loss_scale_optimizer", "initial_scale": 2.0**15, "dynamic_growth_steps": 2000}
+    assert LossScaleOptimizer(Adamax()).get_config().items() >= own.items()
+
+
+ABOVE_0, FROM_1 = "initial_scale must be a number > 0", "dynamic_growth_steps must be an integer"
+REFUSED = [
+    *((value, {}, TypeError, "must be an Adamax; received") for value in (None, "adamax", Adamax)),
+    (LossScaleOptimizer(Adamax()), {}, TypeError, "must be an Adamax; received"),
+    *((None, {"initial_scale": x}, ValueError, ABOVE_0) for x in (0, -1.0, NAN, INF)),
+    *((None, {"initial_scale": x}, TypeError, ABOVE_0) for x in (None, "1", True, 1j)),
+    *((None, {"dynamic_growth_steps": x}, ValueError, FROM_1) for x in (0, -3, 1.5, None, True)),
+    (None, {"unknown": 1}, TypeError, "unknown"),
+    (None, {"clipnorm": 1.0}, TypeError, "clipnorm"),
+]
+
+
+@pytest.mark.parametrize(("inner", "arguments", "error", "message"), REFUSED)
+def test_constructor_refuses(inner, arguments, error, message):
+    adamax = Adamax(loss_scale_factor=3.0)
+    with pytest.raises(error, match=message):
+        LossScaleOptimizer(adamax if arguments else inner, **arguments)
+    assert adamax.loss_scale_factor == 3.0
+
+
+def test_from_config_refuses_other_inner_optimizers():
+    config = LossScaleOptimizer(Adamax()).get_config()
+    config["inner_optimizer"]["class_name"] = "Adam"
+    with pytest.raises(ValueError, match="must be an Adamax; received 'Adam'"):
+        LossScaleOptimizer.from_config(config)
