@@ -160,3 +160,10 @@ class Mxcsr:
 
     def set(self, mode):
         self._load(ctypes.c_uint32(mode))
+
+    def set_on_workers(self, mode):
+        """Set it on the OpenMP threads that the calling thread will use; they keep it."""
+        with contextlib.suppress(OSError):  # not this OpenMP, or none
+            openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+            openmp.GOMP_parallel(self._load, ctypes.byref(ctypes.c_uint32(mode)), 4, 0)
+            self.set(self.DEFAULT)

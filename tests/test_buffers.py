@@ -134,6 +134,10 @@ def torch_alias(source):
     return pytest.importorskip("torch").from_numpy(source)
 
 
+def torch_negated(source):
+    return pytest.importorskip("torch")._neg_view(torch_tensor(source))
+
+
 def torch_without_storage(source):
     tensor = torch_tensor(source)
     tensor.untyped_storage().resize_(0)
@@ -273,13 +277,6 @@ def test_a_gradient_may_be_read_only(make):
     assert contents(passed.values()) == contents(expected.values())
 
 
-def test_a_negated_view_of_torch_keeps_its_sign():
-    negated = torch_tensor([1 + 2j]).conj().imag  # +2 in memory, and a mark in the tensor
-    parameters = [np.ones(1, np.float32), np.ones(1, np.float32)]
-    Adamax().apply([negated, np.array([-2], np.float32)], parameters)
-    assert parameters[0] == parameters[1] > 1
-
-
 def test_no_framework_is_imported():
     script = (
         "import sys, numpy as np, adamax_ext; w, g = np.ones(3), np.ones(3);"
@@ -380,6 +377,7 @@ REFUSALS = [
         *(ROLES, BufferError, "did not export its memory by DLPack"),
         {"meta": lambda a: torch_tensor(a, device="meta"), "broken": BrokenDLPack},
     ),
+    (ROLES, ValueError, "is a {} view, whose memory", {"negated": torch_negated}),
     (ROLES, BufferError, "no DLPack capsule", {"number": NoCapsule}),
     (ROLES, BufferError, "version 2; expected", {"DLPack 2": lambda a: Patched(a, {VERSION: 2})}),
     (
@@ -452,12 +450,9 @@ def test_pairs_of_dtypes(param, grad):
     if not is_testable(param, grad):
         pytest.skip("bfloat16 needs ml_dtypes")
     state = str(compute_dtype(dtype_of(param)))
-    passed = {
-        **buffers(dtype=state),
-        "param": values(0, dtype=param),
-        "grad": values(1, dtype=grad),
-    }
-    good, optimizer = {**passed, "grad": values(1, dtype=param)}, Adamax()
+    good, optimizer = {**buffers(dtype=state), "param": values(0, dtype=param)}, Adamax()
+    good["grad"] = values(1, dtype=param)
+    passed = {**good, "grad": values(1, dtype=grad)}
     optimizer.build([passed["param"]])
     watched = [*passed.values(), *optimizer.variables]
     before = contents(watched)
@@ -466,9 +461,8 @@ def test_pairs_of_dtypes(param, grad):
         assert optimizer.apply([passed["grad"]]) == 1
     else:
         taken = " or ".join(g for p, g in PAIRS if p == param)
-        both = (
-            f"has dtype {grad} but {{}} has dtype {param}, which takes gradients of dtype {taken}$"
-        )
+        both = f"has dtype {grad} but {{}} has dtype {param}, which takes gradients of dtype "
+        both += taken + "$"
         with pytest.raises(TypeError, match="^grad " + both.format("param")):
             step(passed)
         first = r"s\[0\] \(variable 'variable_0'\) "
@@ -571,27 +565,12 @@ def test_apply_refuses_a_gradient_in_written_memory(place):
 
 # ---- Parameters that change between steps --------------------------------------------------------
 
+BUILT_WITH = "the optimizer was built with float32"
 CHANGES = {
-    "another dtype": (
-        lambda a: a.astype("f8"),
-        TypeError,
-        "float64; the optimizer was built with f",
-    ),
-    "larger": (
-        lambda a: values(9, (5, 3)),
-        ValueError,
-        "15 elements; expected the 12 of the variab",
-    ),
-    "smaller": (
-        lambda a: a[:1],
-        ValueError,
-        "3 elements; expected the 12 of the variable at build",
-    ),
-    "another layout": (
-        np.asfortranarray,
-        ValueError,
-        "expected the layout of the variable at build",
-    ),
+    "another dtype": (lambda a: a.astype("f8"), TypeError, f"has dtype float64; {BUILT_WITH}"),
+    "larger": (lambda a: values(9, (5, 3)), ValueError, "15 elements; expected the 12 of the var"),
+    "smaller": (lambda a: a[:1], ValueError, "3 elements; expected the 12 of the variable at b"),
+    "another layout": (np.asfortranarray, ValueError, "expected the layout of the variable at b"),
     "read-only": (READ_ONLY["NumPy"], BufferError, "is read-only"),
     "broken": (lambda a: None, BufferError, "did not export its memory by DLPack"),
 }
@@ -622,9 +601,7 @@ def test_a_parameter_that_was_closed_or_freed():
         optimizer.apply(grads)
     tensor.untyped_storage().resize_(16)
     view.release()
-    with pytest.raises(
-        BufferError, match=r"^variables\[2\] .* did not export its memory: it may be"
-    ):
+    with pytest.raises(BufferError, match=r"^variables\[2\] .* did not export its memory"):
         optimizer.apply(grads)
     assert (first == 1).all()
     assert not optimizer.calls

@@ -1,6 +1,5 @@
 """LossScaleOptimizer: what it skips, that it steps like Adamax, its scale, its checkpoints."""
 
-import copy
 import json
 import math
 import types
@@ -14,12 +13,12 @@ from test_schedules import load_keras
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SHAPES = {"kernel": (37, 5), "bias": (5,), "gain": ()}
+SHAPES = {"kernel": (83, 50), "bias": (5,), "gain": ()}  # the first is of two blocks
 INF, NAN = math.inf, math.nan
 
 
-def make_weights(dtype="float32", seed=3):
-    rng = np.random.default_rng(seed)
+def make_weights(dtype="float32"):
+    rng = np.random.default_rng(3)
     return {n: np.array(rng.normal(size=s), dtype_of(dtype)) for n, s in SHAPES.items()}
 
 
@@ -37,8 +36,7 @@ def poisoned(grads, variable, element, value):
 def everything(optimizer, weights):
     """All that a skipped call must leave as it is, apart from scale and counter."""
     adamax = getattr(optimizer, "inner_optimizer", optimizer)
-    arrays = [*weights.values(), *adamax.variables]
-    return [np.array(adamax.calls), *(array.copy() for array in arrays)]
+    return [array.copy() for array in (*weights.values(), *adamax.variables)]
 
 
 def assert_same(actual, expected):
@@ -49,33 +47,17 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @every_pair
 def test_a_gradient_that_is_not_finite_is_skipped(param, grad, value):
-    """Wherever it is: first, last, in the middle of a vector, in any variable."""
+    """Wherever it is: first, last, beside the edge of a block, in any variable."""
     weights = make_weights(param)
     optimizer = LossScaleOptimizer(Adamax(0.1, use_ema=True, weight_decay=0.1), 1024.0)
-    optimizer.build(weights)
-    optimizer.apply(make_grads(0, grad))
-    places = [(0, 0), (0, -1), (0, 91), (1, 0), (1, -1), (2, 0)]
+    optimizer.apply(make_grads(0, grad), list(weights.values()))
+    places = [(0, 0), (0, 91), (0, 4095), (0, 4096), (0, -1), (1, 0), (1, -1), (2, 0)]
     for n, (variable, element) in enumerate(places):
         before = everything(optimizer, weights)
         assert optimizer.apply(poisoned(make_grads(1, grad), variable, element, value)) == 1
         assert_same(everything(optimizer, weights), before)
         assert optimizer.dynamic_scale == 1024.0 / 2 ** (n + 1)
         assert optimizer.step_counter == 0
-    assert optimizer.apply(make_grads(1, grad)) == 2
-    assert optimizer.step_counter == 1
-
-
-@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 300_001])
-def test_the_one_bad_element_of_many_is_found(size):
-    weight = np.zeros(size, np.float32)
-    optimizer = LossScaleOptimizer(Adamax(), 2.0**40)
-    optimizer.build([weight])
-    for n, element in enumerate({0, size // 2, size - 1}):
-        grad = np.ones(size, np.float32)
-        grad[element] = NAN
-        optimizer.apply([grad])
-        assert optimizer.dynamic_scale == 2.0 ** (39 - n)
-    assert not weight.any()
 
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38, "float64": 1e308}
@@ -94,11 +76,6 @@ def test_huge_finite_gradients_are_finite(param, grad, settings):
     assert plain.apply(grads, list(expected.values())) == 1
     assert_same(everything(optimizer, weights), everything(plain, expected))
     assert (optimizer.dynamic_scale, optimizer.step_counter) == (2.0**20, 1)
-    for variable in range(len(SHAPES)):
-        before = everything(optimizer, weights)
-        optimizer.apply(poisoned(grads, variable, -1, INF))
-        assert_same(everything(optimizer, weights), before)
-    assert optimizer.dynamic_scale == 2.0**17
 
 
 @pytest.mark.parametrize(("dtype", "huge"), [("float32", 1e38), ("float64", 1e308)])
@@ -114,45 +91,34 @@ def test_a_finite_gradient_is_finite_however_small_the_scale(dtype, huge):
 
 
 def test_variables_of_several_dtypes_are_looked_at_together():
+    """From the first call on, which builds the optimizer all the same."""
     pairs = [("float64", "float64"), ("float16", "float16"), ("float32", "float16")]
     weights = [np.ones(9, dtype) for dtype, _ in pairs]
     optimizer = LossScaleOptimizer(Adamax(), 64.0)
     for bad in range(len(pairs)):
         grads = [np.full(9, 1e300 if dtype == "float64" else 1.0, dtype) for _, dtype in pairs]
         grads[bad][4] = NAN
-        optimizer.apply(grads, weights)
+        assert optimizer.apply_gradients(zip(grads, weights, strict=True)) == 0
     assert optimizer.dynamic_scale == 8.0
-    assert all((weight == 1).all() for weight in weights)
-
-
-def test_the_first_call_may_be_a_bad_one():
-    weights = make_weights()
-    optimizer = LossScaleOptimizer(Adamax(), 8.0)
-    bad = poisoned(make_grads(0), 1, 2, NAN)
-    assert optimizer.apply_gradients(zip(bad, weights.values(), strict=True)) == 0
-    assert (optimizer.built, optimizer.dynamic_scale, optimizer.iterations) == (True, 4.0, 0)
-    assert all(np.array_equal(w, make_weights()[n]) for n, w in weights.items())
-    assert not any(a.any() for s in optimizer.state.values() for a in s.values())
+    assert all(np.array_equal(weight, np.ones(9)) for weight in weights)
+    assert not any(array.any() for state in optimizer.state.values() for array in state.values())
 
 
 def test_absent_gradients_are_neither_finite_nor_bad():
     weights = make_weights()
     optimizer = LossScaleOptimizer(Adamax(0.1), 8.0)
     optimizer.build(weights)
-    before = everything(optimizer, weights)
+    before = [*everything(optimizer, weights), *optimizer.variables]
     assert optimizer.apply([]) == 0
-    assert optimizer.apply(()) == 0
     with pytest.raises(ValueError, match="every entry is None"):
         optimizer.apply([None, None, None])
-    with pytest.raises(ValueError, match="has 36 elements"):
-        optimizer.apply([np.ones(36, np.float32), *make_grads(0)[1:]])
-    assert_same(everything(optimizer, weights), before)
-    assert (optimizer.dynamic_scale, optimizer.step_counter) == (8.0, 0)
+    with pytest.raises(ValueError, match="has 9 elements"):
+        optimizer.apply([np.ones(9, np.float32), *make_grads(0)[1:]])
+    assert_same([*everything(optimizer, weights), *optimizer.variables], before)
     with pytest.warns(UserWarning, match="no gradient for 'bias'"):
         optimizer.apply([make_grads(0)[0], None, make_grads(0)[2]])
     assert optimizer.apply(poisoned(make_grads(0)[:1], 0, 7, INF), [weights["kernel"]]) == 1
     assert (optimizer.dynamic_scale, optimizer.step_counter) == (4.0, 0)
-    assert np.array_equal(weights["bias"], make_weights()["bias"])
 
 
 SETTINGS = [
@@ -178,10 +144,9 @@ def test_good_steps_have_the_bits_of_adamax(settings, param, grad, initial_scale
     """As if the bad calls had never been: what was accumulated before them is kept."""
     weights, expected = make_weights(param), make_weights(param)
     optimizer = LossScaleOptimizer(Adamax(**settings), initial_scale, dynamic_growth_steps=4)
-    plain = Adamax(**settings)
+    plain, scale, counter = Adamax(**settings), initial_scale, 0
     optimizer.build(weights)
     plain.build(expected)
-    scale, counter = initial_scale, 0
     for call in range(30):
         assert (optimizer.dynamic_scale, optimizer.step_counter) == (scale, counter)
         grads = make_grads(call, grad, scale)
@@ -214,8 +179,7 @@ def test_a_scale_that_left_the_range_of_float32_still_works():
 def test_scale_loss():
     optimizer = LossScaleOptimizer(Adamax(), 8.0, dynamic_growth_steps=2)
     assert optimizer.scale_loss(0.5) == 4.0
-    scaled = optimizer.scale_loss(np.full(2, 0.5, np.float32))
-    assert_same_bits(scaled, np.full(2, 4.0, np.float32), "loss")
+    assert_same_bits(optimizer.scale_loss(np.ones(2, np.float32)), np.full(2, 8, "f"), "loss")
     optimizer.build([np.ones(3, np.float32)])
     for value, expected in [(INF, 4.0), (1, 4.0), (1, 8.0), (1, 8.0), (NAN, 4.0), (1, 4.0)]:
         optimizer.apply([np.full(3, value, np.float32)])
@@ -225,9 +189,7 @@ def test_scale_loss():
 def test_it_stands_for_its_inner_optimizer():
     inner = Adamax(0.5, loss_scale_factor=7.0, weight_decay=0.5)
     optimizer = LossScaleOptimizer(inner)
-    assert inner.loss_scale_factor is None
-    assert inner.scale_loss(3.0) == 3.0
-    assert (optimizer.inner_optimizer, optimizer.built) == (inner, False)
+    assert (inner.loss_scale_factor, inner.scale_loss(3.0), optimizer.built) == (None, 3.0, False)
     optimizer.exclude_from_weight_decay(var_names=["b"])
     weights = {name: np.ones(2, np.float32) for name in "ab"}
     optimizer.build(weights)
@@ -235,7 +197,7 @@ def test_it_stands_for_its_inner_optimizer():
     assert (weights["a"].tolist(), weights["b"].tolist()) == ([0.75, 0.75], [1.0, 1.0])
     assert optimizer.state["b"]["norm"] is inner.state["b"]["norm"]
     optimizer.learning_rate = 0.25
-    assert optimizer.learning_rate == inner.learning_rate == 0.25
+    assert (inner.learning_rate, optimizer.learning_rate, optimizer.iterations) == (0.25, 0.25, 1)
 
 
 def stored(optimizer):
@@ -274,8 +236,7 @@ def trained(calls, settings, wrapped=True, scale=2.0**12):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_it_saves_and_loads_with_its_inner_optimizer(settings, way, tmp_path):
     source, weights = trained(11, settings)
-    target, others = trained(2, settings, scale=1.0)
-    assert (source.dynamic_scale, source.step_counter) != (target.dynamic_scale, 0)
+    target, others = trained(3, settings, scale=1.0)
     WAYS[way](source, target, tmp_path / "file")
     for name, weight in others.items():
         weight[...] = weights[name]
@@ -283,8 +244,7 @@ def test_it_saves_and_loads_with_its_inner_optimizer(settings, way, tmp_path):
         train(source, calls)
         train(target, calls)
         assert_same(everything(target, others), everything(source, weights))
-        assert target.dynamic_scale == source.dynamic_scale
-        assert target.step_counter == source.step_counter
+        assert_same(target.variables, source.variables)
 
 
 @each_way
@@ -295,7 +255,7 @@ def test_plain_and_wrapped_refuse_the_checkpoints_of_each_other(wrapped, way, tm
     before = [array.copy() for array in target.variables]
     message = "received 12" if wrapped else "received 8"
     if way != "own_variables":
-        message = "must have the keys" if wrapped else "not of a LossScaleOptimizer"
+        message = "must have the keys" if wrapped else "must have a 'loss_scale'"
     with pytest.raises(ValueError, match=message):
         WAYS[way](source, target, tmp_path / "file")
     assert_same(target.variables, before)
@@ -306,7 +266,7 @@ def test_plain_and_wrapped_refuse_the_checkpoints_of_each_other(wrapped, way, tm
 def test_scale_steps_and_state_equal_keras(settings, to_ours):
     keras = load_keras()
     source = (trained(11, settings), trained_by_keras(keras, 11, settings))
-    target = (trained(2, settings, scale=1.0), trained_by_keras(keras, 2, settings, scale=1.0))
+    target = (trained(3, settings, scale=1.0), trained_by_keras(keras, 3, settings, scale=1.0))
     ours, weights = (target if to_ours else source)[0]
     theirs, variables = (source if to_ours else target)[1]
     sender, receiver = (theirs, ours) if to_ours else (ours, theirs)
@@ -314,15 +274,14 @@ def test_scale_steps_and_state_equal_keras(settings, to_ours):
     for weight, variable in zip(weights.values(), variables, strict=True):
         if to_ours:
             weight[...] = variable.numpy()
-        else:
-            variable.assign(weight.copy())
+        variable.assign(weight.copy())
     for calls in (range(0), range(11, 30)):
         train(ours, calls)
         train(theirs, calls, keras.ops.convert_to_tensor)
-        own = [("step_counter", ours.step_counter), ("dynamic_scale", ours.dynamic_scale)]
-        assert [(v.name, float(v.numpy())) for v in theirs.variables[2:4]] == own
-        pairs = [*zip(ours.variables[2:], theirs.variables[2:], strict=True)]
-        for array, variable in [*pairs, *zip(weights.values(), variables, strict=True)]:
+        own = {"step_counter": ours.step_counter, "dynamic_scale": ours.dynamic_scale}
+        assert {v.name: float(v.numpy()) for v in theirs.variables[2:4]} == own
+        arrays = [*ours.variables, *weights.values()]
+        for array, variable in zip(arrays, [*theirs.variables, *variables], strict=True):
             # Of the largest element: where `m` cancels, older roundings are left.
             tolerance = 2e-6 * np.abs(variable.numpy()).max()
             np.testing.assert_allclose(array, variable.numpy(), 0, tolerance, err_msg=variable.name)
@@ -345,7 +304,7 @@ def test_configs_move_between_keras_and_here(settings):
     config, before = theirs.get_config(), theirs.get_config()
     again = LossScaleOptimizer.from_config(types.MappingProxyType(config))
     assert config == before
-    assert list(config) == list(ours.get_config())
+    assert config.keys() == ours.get_config().keys()
     inner = again.inner_optimizer.get_config()
     assert inner == config["inner_optimizer"]["config"]
     inner["learning_rate"] = ours.inner_optimizer.get_config()["learning_rate"]  # not in float32
@@ -356,25 +315,22 @@ def test_configs_move_between_keras_and_here(settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_config(settings):
     optimizer = LossScaleOptimizer(Adamax(**settings), 100, 7, "mine")
-    config = optimizer.get_config()
-    before = copy.deepcopy(config)
+    config, before = optimizer.get_config(), optimizer.get_config()
     again = LossScaleOptimizer.from_config(types.MappingProxyType(config))
     assert config == before == again.get_config() == json.loads(json.dumps(config))
-    assert (again.initial_scale, again.dynamic_growth_steps, again.name) == (100.0, 7, "mine")
-    assert again.inner_optimizer.get_config() == optimizer.inner_optimizer.get_config()
+    assert config["inner_optimizer"]["config"] == Adamax(**settings).get_config()
     own = {"name": "loss_scale_optimizer", "initial_scale": 2.0**15, "dynamic_growth_steps": 2000}
     assert LossScaleOptimizer(Adamax()).get_config().items() >= own.items()
 
 
 ABOVE_0, FROM_1 = "initial_scale must be a number > 0", "dynamic_growth_steps must be an integer"
+WRAPPED = LossScaleOptimizer(Adamax())
 REFUSED = [
-    *((value, {}, TypeError, "must be an Adamax; received") for value in (None, "adamax", Adamax)),
-    (LossScaleOptimizer(Adamax()), {}, TypeError, "must be an Adamax; received"),
+    *((x, {}, TypeError, "must be an Adamax; received") for x in (None, Adamax, WRAPPED)),
     *((None, {"initial_scale": x}, ValueError, ABOVE_0) for x in (0, -1.0, NAN, INF)),
     *((None, {"initial_scale": x}, TypeError, ABOVE_0) for x in (None, "1", True, 1j)),
     *((None, {"dynamic_growth_steps": x}, ValueError, FROM_1) for x in (0, -3, 1.5, None, True)),
-    (None, {"unknown": 1}, TypeError, "unknown"),
-    (None, {"clipnorm": 1.0}, TypeError, "clipnorm"),
+    *((None, {name: 1.0}, TypeError, name) for name in ("unknown", "clipnorm")),
 ]
 
 
@@ -387,7 +343,7 @@ def test_constructor_refuses(inner, arguments, error, message):
 
 
 def test_from_config_refuses_other_inner_optimizers():
-    config = LossScaleOptimizer(Adamax()).get_config()
+    config = WRAPPED.get_config()
     config["inner_optimizer"]["class_name"] = "Adam"
     with pytest.raises(ValueError, match="must be an Adamax; received 'Adam'"):
         LossScaleOptimizer.from_config(config)

@@ -290,7 +290,8 @@ def test_floating_point_mode_matters_not_and_is_kept(dtype, settings):
     expected = {size: trained(size, dtype=dtype, **settings) for size in (SMALL, LARGE)}
     results = {}
 
-    def work(mode):  # on a thread of its own, whose first workers inherit the mode
+    def work(mode):  # on a thread of its own, which has its own workers
+        Mxcsr().set_on_workers(mode)
         guard = functools.partial(mode_is_kept, mode)
         for size in expected:
             results[size] = trained(size, dtype=dtype, guard=guard, **settings)

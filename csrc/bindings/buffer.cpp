@@ -5,6 +5,7 @@
 #include <dlpack/dlpack.h>
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <unordered_map>
@@ -118,29 +119,41 @@ DType numpy_dtype_of(py::handle array, const Label& label) {
   return *result;
 }
 
-void set_layout(Buffer& buffer, int axes, const std::int64_t* shape, const std::int64_t* strides) {
-  buffer.layout.axes = 0;
+// `strides` may be null, for row-major memory. `unit` is the number of strides in an element: 1, or
+// the size of an element for strides in bytes.
+void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t* shape,
+                const std::int64_t* strides, std::int64_t unit) {
+  if (axes > Layout::kMaxAxes) {
+    throw py::value_error(label.text() + " has " + std::to_string(axes) +
+                          " axes; expected at most " + std::to_string(Layout::kMaxAxes));
+  }
   buffer.size = 1;
   for (int i = 0; i < axes; ++i) buffer.size *= shape[i];
-  for (int i = 0; i < axes; ++i) {
-    buffer.layout.append(shape[i], buffer.size == 0 ? 0 : strides[i]);
+  Layout& layout = buffer.layout;
+  layout.axes = axes;
+  std::copy_n(shape, axes, layout.shape);
+  std::int64_t row_major = 1;
+  for (int i = axes - 1; strides == nullptr && i >= 0; --i) {
+    layout.strides[i] = row_major;
+    row_major *= shape[i];
   }
+  for (int i = 0; strides != nullptr && i < axes; ++i) {
+    layout.strides[i] = strides[i] / unit;
+    if (shape[i] > 1 && strides[i] % unit != 0) {
+      throw py::value_error(label.text() + " has a stride of " + std::to_string(strides[i]) +
+                            " bytes; expected whole elements of " + std::to_string(unit) +
+                            " bytes");
+    }
+  }
+  if (buffer.size == 0) std::fill_n(layout.strides, axes, 0);  // they mean nothing
 }
 
 void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
-                         const py::ssize_t* byte_strides) {
-  const auto item = static_cast<py::ssize_t>(itemsize(buffer.dtype));
-  std::int64_t strides[Layout::kMaxAxes];
-  for (int i = 0; i < axes; ++i) {
-    if (byte_strides[i] % item != 0 && shape[i] > 1) {
-      throw py::value_error(label.text() + " has a stride of " + std::to_string(byte_strides[i]) +
-                            " bytes; expected whole elements of " + std::to_string(item) +
-                            " bytes");
-    }
-    strides[i] = byte_strides[i] / item;
-  }
+                         const py::ssize_t* strides) {
   static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
-  set_layout(buffer, axes, reinterpret_cast<const std::int64_t*>(shape), strides);
+  set_layout(buffer, label, axes, reinterpret_cast<const std::int64_t*>(shape),
+             reinterpret_cast<const std::int64_t*>(strides),
+             static_cast<std::int64_t>(itemsize(buffer.dtype)));
 }
 
 [[noreturn]] void throw_read_only(const Label& label, const char* why) {
@@ -168,6 +181,15 @@ void require_host(const Label& label, int device_type, int device_id) {
                         "); expected host memory: this build computes on the CPU");
 }
 
+std::string dlpack_name(DLDataType type) {
+  constexpr const char* kNames[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  std::string name = type.code < std::size(kNames)
+                         ? kNames[type.code]
+                         : "DLPack code " + std::to_string(type.code) + " of ";
+  name += std::to_string(type.bits);
+  return type.lanes == 1 ? name : name + " in " + std::to_string(type.lanes) + " lanes";
+}
+
 void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer) {
   require_host(label, tensor.device.device_type, tensor.device.device_id);
   const DLDataType type = tensor.dtype;
@@ -181,21 +203,10 @@ void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer
   } else if (is_scalar && type.code == kDLBfloat && type.bits == 16) {
     buffer.dtype = DType::kBFloat16;
   } else {
-    throw_dtype(label, "(DLPack code " + std::to_string(type.code) + ", " +
-                           std::to_string(type.bits) + " bits)");
+    throw_dtype(label, dlpack_name(type));
   }
   buffer.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  std::int64_t strides[Layout::kMaxAxes];
-  const std::int64_t* used = tensor.strides;
-  if (used == nullptr) {  // before DLPack 1.2: row-major
-    std::int64_t stride = 1;
-    for (int i = tensor.ndim - 1; i >= 0; --i) {
-      strides[i] = stride;
-      stride *= tensor.shape[i];
-    }
-    used = strides;
-  }
-  set_layout(buffer, tensor.ndim, tensor.shape, used);
+  set_layout(buffer, label, tensor.ndim, tensor.shape, tensor.strides, 1);
   if (tensor.data == nullptr && buffer.size > 0) {
     throw py::buffer_error(label.text() + " has no memory: it was freed or never allocated");
   }

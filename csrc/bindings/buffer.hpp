@@ -38,7 +38,6 @@ struct Layout {
   Layout(const Layout& other) { *this = other; }
   Layout& operator=(const Layout& other);
   bool operator==(const Layout& other) const;
-  void append(std::int64_t length, std::int64_t stride);
   bool is_dense() const;
   std::string text() const;
 };

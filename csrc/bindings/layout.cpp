@@ -31,13 +31,6 @@ bool Layout::operator==(const Layout& other) const {
   }
 }
 
-void Layout::append(std::int64_t length, std::int64_t stride) {
-  if (axes == kMaxAxes) throw py::value_error("a buffer has more than 64 axes");
-  shape[axes] = length;
-  strides[axes] = stride;
-  ++axes;
-}
-
 bool Layout::is_dense() const {
   if (std::find(shape, shape + axes, 0) != shape + axes) return true;
   int order[kMaxAxes];  // of the axes that matter, fastest first

@@ -7,6 +7,7 @@
 #include "bindings/overlap.hpp"
 #include "bindings/plan.hpp"
 #include "cpu/cpu_limit.hpp"
+#include "cpu/fp_mode.hpp"
 #include "cpu/parallel.hpp"
 
 namespace adamax::bindings {
@@ -103,7 +104,7 @@ py::tuple describe(const py::object& object, const std::string& role, py::ssize_
   };
   return py::make_tuple(list(buffer.layout.shape), list(buffer.layout.strides),
                         std::string(dtype_name(compute_dtype(buffer.dtype))),
-                        reinterpret_cast<std::uintptr_t>(buffer.data));
+                        reinterpret_cast<std::uintptr_t>(buffer.data), buffer.bytes());
 }
 
 Hyperparameters hyperparameters_from(double learning_rate, double beta_1, double beta_2,
@@ -111,7 +112,7 @@ Hyperparameters hyperparameters_from(double learning_rate, double beta_1, double
                                      std::optional<double> clipnorm,
                                      std::optional<double> clipvalue,
                                      std::optional<double> global_clipnorm, double ema_momentum,
-                                     std::optional<int> gradient_accumulation_steps) {
+                                     std::optional<std::int64_t> gradient_accumulation_steps) {
   Hyperparameters h;
   h.learning_rate = learning_rate;
   h.beta_1 = beta_1;
@@ -147,6 +148,14 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Native core of adamax_ext.";
   m.attr("__version__") = ADAMAX_EXT_VERSION;
 
+  struct IeeeMode {
+    std::optional<cpu::FloatingPointMode> mode;  // set while a `with` statement runs
+  };
+  py::class_<IeeeMode>(m, "IeeeMode", "IEEE arithmetic while Python computes scalars of a step.")
+      .def(py::init<>())
+      .def("__enter__", [](IeeeMode& self) { self.mode.emplace(); })
+      .def("__exit__", [](IeeeMode& self, const py::args&) { self.mode.reset(); });
+
   py::class_<Plan>(m, "Plan")
       .def(py::init<const py::sequence&, std::vector<std::string>, const py::sequence&,
                     const py::sequence&, const py::object&, const py::object&,
@@ -156,19 +165,19 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "step",
           [](Plan& plan, const py::sequence& grads, const py::object& variables, std::int64_t step,
-             double grad_scale, bool accumulate_only, bool overwrite, bool require_finite,
+             double loss_scale, bool accumulate_only, bool overwrite, bool require_finite,
              double learning_rate, double beta_1, double beta_2, double epsilon,
              std::optional<double> weight_decay, std::optional<double> clipnorm,
              std::optional<double> clipvalue, std::optional<double> global_clipnorm,
-             double ema_momentum, std::optional<int> gradient_accumulation_steps) {
+             double ema_momentum, std::optional<std::int64_t> gradient_accumulation_steps) {
             return plan.step(
                 grads, variables,
                 hyperparameters_from(learning_rate, beta_1, beta_2, epsilon, weight_decay, clipnorm,
                                      clipvalue, global_clipnorm, ema_momentum,
                                      gradient_accumulation_steps),
-                {step, grad_scale, accumulate_only, overwrite, require_finite});
+                {step, 1.0, loss_scale, accumulate_only, overwrite, require_finite});
           },
-          py::arg("grads"), py::arg("variables"), py::arg("step"), py::arg("grad_scale"),
+          py::arg("grads"), py::arg("variables"), py::arg("step"), py::arg("loss_scale"),
           py::arg("accumulate_only"), py::arg("overwrite"), py::arg("require_finite"),
           py::arg("learning_rate"), py::arg("beta_1"), py::arg("beta_2"), py::arg("epsilon"),
           py::arg("weight_decay"), py::arg("clipnorm"), py::arg("clipvalue"),

@@ -38,9 +38,11 @@ void check(const Hyperparameters& h, const Call& call) {
   require(clips <= 1, "clipnorm, global_clipnorm and clipvalue", "set one at a time", clips);
   require(h.ema_momentum >= 0 && h.ema_momentum <= 1, "ema_momentum", "in [0, 1]", h.ema_momentum);
   require(h.gradient_accumulation_steps >= 1, "gradient_accumulation_steps", ">= 1",
-          h.gradient_accumulation_steps);
+          static_cast<double>(h.gradient_accumulation_steps));
   require(call.step >= 1, "step", ">= 1", static_cast<double>(call.step));
   require(std::isfinite(call.grad_scale), "grad_scale", "finite", call.grad_scale);
+  require(call.loss_scale > 0 && std::isfinite(call.loss_scale), "loss_scale", "finite and > 0",
+          call.loss_scale);
 }
 
 // 1 - beta_1^t without cancellation, from t alone: a running product would drift.
@@ -53,8 +55,8 @@ double bias_correction(double beta_1, std::int64_t t) {
 StepScalars make_step_scalars(const Hyperparameters& h, const Call& call) {
   check(h, call);
   StepScalars s;
-  s.grad_scale = call.grad_scale;
-  s.mean_scale = 1.0 / h.gradient_accumulation_steps;
+  s.grad_scale = call.grad_scale / call.loss_scale;
+  s.mean_scale = 1.0 / static_cast<double>(h.gradient_accumulation_steps);
   s.clip_value = h.clipvalue.value_or(std::numeric_limits<double>::infinity());
   s.decay = h.decay == Decay::kL2 ? h.weight_decay : h.learning_rate * h.weight_decay;
   s.one_minus_beta_1 = 1.0 - h.beta_1;

@@ -20,8 +20,9 @@ namespace adamax {
 namespace cpu {
 namespace {
 
-// Less traffic than this for each thread is done before a thread is awake.
-constexpr std::int64_t kBytesPerThread = 256 * 1024;
+// Reading less than this for each thread is not worth waking one: on a busy machine the thread that
+// is through first waits for one that is not even running.
+constexpr std::int64_t kBytesPerThread = 1024 * 1024;
 
 std::atomic<int> requested_threads{0};  // by set_num_threads; 0: not called
 std::atomic<int> cpu_limit_override{0};

@@ -5,6 +5,11 @@ from typing import Any
 
 __version__: str
 
+class IeeeMode:
+    def __init__(self) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: object) -> None: ...
+
 class Plan:
     def __init__(
         self,
@@ -21,7 +26,7 @@ class Plan:
         grads: Sequence[Any],
         variables: Sequence[Any] | None,
         step: int,
-        grad_scale: float,
+        loss_scale: float,
         accumulate_only: bool,
         overwrite: bool,
         require_finite: bool,
@@ -59,7 +64,7 @@ def update(
 def global_norm(buffers: Iterable[Any]) -> float: ...
 def describe(
     buffer: Any, role: str, index: int
-) -> tuple[tuple[int, ...], tuple[int, ...], str, int]: ...
+) -> tuple[tuple[int, ...], tuple[int, ...], str, int, int]: ...
 def build_info() -> dict[str, Any]: ...
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...

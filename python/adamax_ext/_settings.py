@@ -2,18 +2,26 @@
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+
+def number(name: str, value: Any, wanted: str = "a number") -> float:
+    """Return `value` as a float; TypeError if it is no number, ValueError if it is too large."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be {wanted}; received {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise type(error)(f"{name} must be {wanted}; received {value!r}") from error
 
 
 def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
     """Return `value` as a float; TypeError if it is no number, ValueError if it is not valid."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number {wanted}; received {value!r}")
-    number = float(value)
-    if not (math.isfinite(number) and valid(number)):
+    result = number(name, value, f"a number {wanted}")
+    if not (math.isfinite(result) and valid(result)):
         raise ValueError(f"{name} must be a number {wanted}; received {value!r}")
-    return number
+    return result
 
 
 def positive(name: str, value: Any) -> float:
@@ -24,7 +32,7 @@ def not_negative(name: str, value: Any) -> float:
     return real(name, value, ">= 0", lambda x: x >= 0)
 
 
-def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+def integer(name: str, value: Any, least: int, most: int = 2**53) -> int:
     """Return `value` as an int; ValueError unless it is an integer from `least` to `most`."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (is_integer and least <= value <= most):
@@ -41,10 +49,11 @@ def integer_or_none(name: str, value: Any, least: int) -> int | None:
     return None if value is None else integer(name, value, least)
 
 
-def sequence(name: str, buffers: Any) -> Sequence[Any]:
-    """Return `buffers` as a list or tuple; TypeError for one buffer, which would fall into rows."""
-    if isinstance(buffers, (list, tuple)):
-        return buffers
-    if isinstance(buffers, (str, bytes, Mapping)) or hasattr(buffers, "__array__"):
-        raise TypeError(f"{name} must be a sequence of buffers; received {type(buffers).__name__}")
-    return list(buffers)
+def sequence(name: str, values: Any, what: str = "buffers") -> Sequence[Any]:
+    """Return `values` as a list or tuple; TypeError for one buffer, which would fall into rows."""
+    if isinstance(values, (list, tuple)):
+        return values
+    is_single = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "__array__")
+    if is_single or not isinstance(values, Iterable) or isinstance(values, memoryview):
+        raise TypeError(f"{name} must be a sequence of {what}; received {type(values).__name__}")
+    return list(values)

@@ -13,10 +13,10 @@ class Exclusion:
     def __init__(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        self._buffers = list(_settings.sequence("var_list", var_list or []))
-        if isinstance(var_names, str):
-            raise TypeError(f"var_names must be a sequence of strings; received {var_names!r}")
-        self._patterns = list(var_names or [])
+        self._buffers = _settings.sequence("var_list", [] if var_list is None else var_list)
+        self._patterns = _settings.sequence(
+            "var_names", [] if var_names is None else var_names, "strings"
+        )
         for pattern in self._patterns:
             try:
                 re.compile(pattern)
@@ -27,13 +27,15 @@ class Exclusion:
 
     def decays(self, variables: list[Any], names: list[str]) -> list[bool]:
         """Return whether each variable has weight decay."""
-        excluded = {_address(buffer, "var_list", i) for i, buffer in enumerate(self._buffers)}
+        excluded = {_memory(buffer, "var_list", i) for i, buffer in enumerate(self._buffers)}
         return [
-            _address(variable, "variables", i) not in excluded
+            _memory(variable, "variables", i) not in excluded
             and not any(re.search(pattern, name) for pattern in self._patterns)
             for i, (variable, name) in enumerate(zip(variables, names, strict=True))
         ]
 
 
-def _address(buffer: Any, role: str, index: int) -> int:
-    return _core.describe(buffer, role, index)[3]
+def _memory(buffer: Any, role: str, index: int) -> tuple[int, int]:
+    """Return address and bytes, which two objects for the same memory share."""
+    address, size = _core.describe(buffer, role, index)[3:]
+    return (address, size) if size else (id(buffer), 0)

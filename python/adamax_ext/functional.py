@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from adamax_ext import _core
+from adamax_ext import _core, _settings
 
 
 def update(
@@ -77,7 +77,7 @@ def update(
     >>> w, g = np.ones(3, np.float32), np.full(3, 0.5, np.float32)
     >>> m, u = np.zeros_like(w), np.zeros_like(w)
     >>> update(w, g, m, u, step=1, learning_rate=0.25)
-    >>> w
+    >>> w.round(3)
     array([0.75, 0.75, 0.75], dtype=float32)
     """
     _core.update(
@@ -85,18 +85,18 @@ def update(
         grad,
         m,
         u,
-        step,
-        learning_rate,
-        beta_1,
-        beta_2,
-        epsilon,
-        weight_decay,
-        decay,
-        epsilon_mode,
-        grad_scale,
-        clipvalue,
+        _settings.integer("step", step, least=1),
+        _settings.number("learning_rate", learning_rate),
+        _settings.number("beta_1", beta_1),
+        _settings.number("beta_2", beta_2),
+        _settings.number("epsilon", epsilon),
+        _settings.number("weight_decay", weight_decay),
+        str(decay),
+        str(epsilon_mode),
+        _settings.number("grad_scale", grad_scale),
+        None if clipvalue is None else _settings.number("clipvalue", clipvalue),
         average,
-        ema_momentum,
+        _settings.number("ema_momentum", ema_momentum),
     )
 
 
@@ -153,7 +153,7 @@ def set_num_threads(n: int) -> None:
     ValueError
         `n` is less than 1.
     """
-    _core.set_num_threads(n)
+    _core.set_num_threads(_settings.integer("n", n, least=1, most=2**31 - 1))
 
 
 def get_num_threads() -> int:

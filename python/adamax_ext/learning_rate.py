@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from adamax_ext import _settings, schedules
+from adamax_ext import _core, _settings, schedules
 
 Rate: TypeAlias = float | schedules.LearningRateSchedule | Callable[[], Any]
 
@@ -32,7 +32,9 @@ def at(rate: Rate, calls: int) -> float:
     """Return the rate of a step after so many completed calls."""
     if isinstance(rate, float):
         return rate
-    return float(rate(calls) if isinstance(rate, schedules.LearningRateSchedule) else rate())
+    with _core.IeeeMode():  # whatever the caller's floating-point mode is
+        value = rate(calls) if isinstance(rate, schedules.LearningRateSchedule) else rate()
+    return _settings.not_negative("learning_rate", value)
 
 
 def to_config(rate: Rate) -> Any:

@@ -81,7 +81,7 @@ class LossScaleOptimizer(Saveable):
         grads = _settings.sequence("grads", grads)
         if not grads:
             return inner.calls
-        if inner.apply_scaled(grads, variables, 1.0 / self.dynamic_scale, require_finite=True):
+        if inner.apply_scaled(grads, variables, self.dynamic_scale, require_finite=True):
             self.step_counter += 1
             if self.step_counter >= self.dynamic_growth_steps:
                 self.dynamic_scale *= 2.0

@@ -63,7 +63,7 @@ class Adamax(Saveable):
     >>> optimizer.build([weights])
     >>> optimizer.apply([np.full(3, 0.5, np.float32)])
     1
-    >>> weights
+    >>> weights.round(3)
     array([0.75, 0.75, 0.75], dtype=float32)
     """
 
@@ -253,8 +253,7 @@ class Adamax(Saveable):
         RuntimeError
             Another call is running on this optimizer.
         """
-        scale = 1.0 if self.loss_scale_factor is None else 1.0 / self.loss_scale_factor
-        self.apply_scaled(grads, variables, scale)
+        self.apply_scaled(grads, variables, self.loss_scale_factor or 1.0)
         return self._calls
 
     @exclusive
@@ -262,10 +261,10 @@ class Adamax(Saveable):
         self,
         grads: Iterable[Any],
         variables: Iterable[Any] | None,
-        grad_scale: float,
+        loss_scale: float,
         require_finite: bool = False,
     ) -> bool:
-        """Do one training step with `grad_scale` times the gradients, for `LossScaleOptimizer`.
+        """Do one training step with the gradients divided by `loss_scale`.
 
         Returns False, with nothing changed and no call counted, if `require_finite` is set and a
         gradient is infinite or NaN.
@@ -288,7 +287,7 @@ class Adamax(Saveable):
             grads,
             variables,
             step,
-            grad_scale,
+            loss_scale,
             not is_update,
             is_update and self.use_ema and frequency is not None and step % frequency == 0,
             require_finite,
@@ -381,7 +380,7 @@ class Adamax(Saveable):
 
     def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
         checkpoint.require_format(state_dict, _STATE_KEYS)
-        calls = _settings.integer("calls", state_dict["calls"], least=0, most=_MAX_CALLS)
+        calls = _settings.integer("calls", state_dict["calls"], least=0)
         rate, saved_rate = self._learning_rate, state_dict["learning_rate"]
         if (saved_rate is None) == isinstance(rate, float):
             raise ValueError(
@@ -413,7 +412,7 @@ class Adamax(Saveable):
     def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
         own = self.variables
         weights = checkpoint.converted(weights, own)
-        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), 0, _MAX_CALLS)
+        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), least=0)
         rate = self._learning_rate
         if isinstance(rate, float):
             received = _settings.not_negative("weights[1] (the rate)", weights[1].item())
@@ -451,5 +450,4 @@ _PLAIN_SETTINGS = (
     "beta_2",
     "epsilon",
 )
-_MAX_CALLS = 2**53  # exact in JSON
 _STATE_KEYS = {"format_version", "calls", "learning_rate", "excluded_from_weight_decay", "state"}

@@ -43,13 +43,14 @@ struct Hyperparameters {
   std::optional<double> global_clipnorm;  // over all variables
   std::optional<double> clipvalue;        // per element
   double ema_momentum = 0.99;
-  int gradient_accumulation_steps = 1;
+  std::int64_t gradient_accumulation_steps = 1;
 };
 
 // What one call does.
 struct Call {
   std::int64_t step = 1;         // number of this update, from 1
-  double grad_scale = 1.0;       // multiplies every gradient: 1 / loss scale
+  double grad_scale = 1.0;       // multiplies every gradient
+  double loss_scale = 1.0;       // divides every gradient
   bool accumulate_only = false;  // add the gradients to the accumulators, and nothing else
   bool overwrite = false;        // replace the weights by their averages at the end
   bool require_finite = false;   // change nothing if a gradient is infinite or NaN
