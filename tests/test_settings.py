@@ -101,7 +101,14 @@ def test_arguments_and_defaults():
 # ---- The learning rate ---------------------------------------------------------------------------
 
 SCHEDULE = schedules.ExponentialDecay(0.5, 10, 0.25)
-from_callable = schedules.LearningRateSchedule.from_callable
+
+
+class Schedule(schedules.LearningRateSchedule):
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __call__(self, step):
+        return self.fn(step)
 
 
 def kind(rate):
@@ -139,7 +146,7 @@ def test_a_refused_rate_leaves_the_old_one(value):
 def test_when_rates_are_evaluated(steps):
     seen, parameters = [], [np.ones(3), np.ones(2)]
     callable_rate = Adamax(lambda: seen.append("call") or 0.1, gradient_accumulation_steps=steps)
-    schedule = from_callable(lambda step: seen.append(step) or 0.1)
+    schedule = Schedule(lambda step: seen.append(step) or 0.1)
     scheduled = Adamax(schedule, gradient_accumulation_steps=steps)
     for optimizer in (callable_rate, scheduled):
         for _ in range(6):
@@ -160,7 +167,7 @@ BAD_RATES = (math.nan, -0.5, math.inf, "fast", "0.1", None, 1j, [0.1], np.ones(2
 
 
 @pytest.mark.parametrize("rate", BAD_RATES, ids=lambda rate: f"{rate!r:.20}")
-@pytest.mark.parametrize("make", [lambda get: lambda: get(0), from_callable], ids=["", "schedule"])
+@pytest.mark.parametrize("make", [lambda get: lambda: get(0), Schedule], ids=["", "schedule"])
 def test_a_bad_rate_changes_nothing(make, rate):
     rates = [0.1, rate, 0.1]
     parameter, gradient = np.ones(3), np.full(3, 0.5)

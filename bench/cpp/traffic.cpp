@@ -2,6 +2,12 @@
 // and nothing but additions in between.
 #include <cstdint>
 
+#ifdef __x86_64__
+#define BEST_ISA [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
+#else
+#define BEST_ISA
+#endif
+
 namespace {
 
 constexpr std::int64_t kChunk = 65536;
@@ -25,15 +31,11 @@ template <bool prefetch>
   }
 }
 
-[[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]] void plain(float* w,
-                                                                                 const float* g,
-                                                                                 float* m, float* u,
-                                                                                 std::int64_t n) {
+BEST_ISA void plain(float* w, const float* g, float* m, float* u, std::int64_t n) {
   chunk<false>(w, g, m, u, n);
 }
 
-[[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]] void prefetched(
-    float* w, const float* g, float* m, float* u, std::int64_t n) {
+BEST_ISA void prefetched(float* w, const float* g, float* m, float* u, std::int64_t n) {
   chunk<true>(w, g, m, u, n);
 }
 

@@ -55,13 +55,13 @@ const DLPackExchangeAPI* exchange_table(py::handle type) {
 TypeInfo inspect_type(py::handle object, py::handle type) {
   TypeInfo info;
   const auto module = py::cast<std::string>(py::str(py::getattr(type, "__module__", py::str(""))));
-  for (const char* library : {"jax", "tensorflow"}) {
-    info.is_immutable |= module.rfind(library, 0) == 0;
-  }
+  const std::string library = module.substr(0, module.find('.'));
+  info.is_immutable = library == "jax" || library == "jaxlib" || library == "tensorflow";
   info.table = exchange_table(type);
   info.has_sign_mark = py::hasattr(type, "is_neg");
   if (py::isinstance<py::array>(object)) {
-    info.protocol = Protocol::kNumPy;
+    // The data of a masked array without its mask would be another array.
+    if (!py::hasattr(type, "mask")) info.protocol = Protocol::kNumPy;
   } else if (info.table != nullptr) {
     info.protocol = Protocol::kExchangeTable;
   } else if (py::hasattr(type, "__dlpack__") && py::hasattr(type, "__dlpack_device__")) {
@@ -215,7 +215,12 @@ void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer
 py::object call_dlpack(py::handle object, const Label& label) {
   // Work that the library still has queued would otherwise be read half done.
   if (py::hasattr(object, "block_until_ready")) object.attr("block_until_ready")();
-  const auto method = object.attr("__dlpack__");
+  py::object exporter = py::reinterpret_borrow<py::object>(object);
+  // torch exports a tensor that requires grad only through its data.
+  if (py::bool_(py::getattr(object, "requires_grad", py::bool_(false)))) {
+    exporter = object.attr("detach")();
+  }
+  const auto method = exporter.attr("__dlpack__");
   try {
     try {
       return method(

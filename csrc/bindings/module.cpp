@@ -13,30 +13,20 @@
 namespace adamax::bindings {
 namespace {
 
-template <class Enum>
-Enum parse(const char* name, const std::string& value, const char* first, Enum for_first,
-           const char* second, Enum for_second) {
-  if (value == first) return for_first;
-  if (value == second) return for_second;
-  throw py::value_error(std::string(name) + " must be '" + first + "' or '" + second +
-                        "'; received '" + value + "'");
-}
-
 // One step on buffers that the caller owns.
 void update(const py::object& param, const py::object& grad, const py::object& m,
             const py::object& u, std::int64_t step, double learning_rate, double beta_1,
-            double beta_2, double epsilon, double weight_decay, const std::string& decay,
-            const std::string& epsilon_mode, double grad_scale, std::optional<double> clipvalue,
-            const py::object& average, double ema_momentum) {
+            double beta_2, double epsilon, double weight_decay, bool l2_decay, bool epsilon_inside,
+            double grad_scale, std::optional<double> clipvalue, const py::object& average,
+            double ema_momentum) {
   Hyperparameters h;
   h.learning_rate = learning_rate;
   h.beta_1 = beta_1;
   h.beta_2 = beta_2;
   h.epsilon = epsilon;
   h.weight_decay = weight_decay;
-  h.decay = parse("decay", decay, "decoupled", Decay::kDecoupled, "l2", Decay::kL2);
-  h.epsilon_mode = parse("epsilon_mode", epsilon_mode, "outside", EpsilonMode::kOutside, "inside",
-                         EpsilonMode::kInside);
+  h.decay = l2_decay ? Decay::kL2 : Decay::kDecoupled;
+  h.epsilon_mode = epsilon_inside ? EpsilonMode::kInside : EpsilonMode::kOutside;
   h.clipvalue = clipvalue;
   h.ema_momentum = ema_momentum;
   Call call;
@@ -183,11 +173,12 @@ PYBIND11_MODULE(_core, m) {
           py::arg("weight_decay"), py::arg("clipnorm"), py::arg("clipvalue"),
           py::arg("global_clipnorm"), py::arg("ema_momentum"),
           py::arg("gradient_accumulation_steps"))
-      .def("overwrite", &Plan::overwrite, py::arg("variables"));
+      .def("overwrite", &Plan::overwrite, py::arg("variables"))
+      .def_readwrite("calls", &Plan::calls);
 
   m.def("update", &update, py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta_1"), py::arg("beta_2"),
-        py::arg("epsilon"), py::arg("weight_decay"), py::arg("decay"), py::arg("epsilon_mode"),
+        py::arg("epsilon"), py::arg("weight_decay"), py::arg("l2_decay"), py::arg("epsilon_inside"),
         py::arg("grad_scale"), py::arg("clipvalue"), py::arg("average"), py::arg("ema_momentum"));
   m.def("global_norm", &norm_of_buffers, py::arg("buffers"));
   m.def("describe", &describe, py::arg("buffer"), py::arg("role"), py::arg("index"));

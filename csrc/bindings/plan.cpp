@@ -138,8 +138,8 @@ void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases) {
 bool Plan::step(const py::sequence& grads, const py::object& variables,
                 const Hyperparameters& hyperparameters, const Call& call) {
   Leases leases;
-  const std::vector<py::object> gradients = gradients_by_variable(grads, variables, leases);
   refresh_parameters(leases);
+  const std::vector<py::object> gradients = gradients_by_variable(grads, variables, leases);
   variables_.clear();
   std::string skipped;
   bool has_gradient = false;
@@ -163,8 +163,14 @@ bool Plan::step(const py::sequence& grads, const py::object& variables,
                    ("no gradient for " + skipped + ": skipped in this call").c_str(), 4) != 0) {
     throw py::error_already_set();
   }
-  const py::gil_scoped_release release;
-  return adamax::step(variables_, hyperparameters, call);
+  bool applied;
+  {
+    const py::gil_scoped_release release;
+    applied = adamax::step(variables_, hyperparameters, call);
+  }
+  // Here, and not in Python, where an interrupt could come between the step and its count.
+  calls += applied;
+  return applied;
 }
 
 void Plan::overwrite(const py::object& variables) {

@@ -27,6 +27,8 @@ class Plan {
   bool step(const py::sequence& grads, const py::object& variables,
             const Hyperparameters& hyperparameters, const Call& call);
 
+  std::int64_t calls = 0;  // completed calls of step()
+
   // Writes the averages over these variables, or over all if None.
   void overwrite(const py::object& variables);
 

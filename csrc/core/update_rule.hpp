@@ -75,7 +75,7 @@ template <Rule rule, class V>
   w = w - (s.rate * m) / denominator;
 }
 
-// The exponential moving average of the weights, and overwriting the weights with it.
+// The exponential moving average of the weights; `overwrite` in a loop stores it over them.
 template <class V>
 [[gnu::always_inline]] inline void update_average(V& average, V w, AverageMode mode,
                                                   const VectorScalars<V>& s) {

@@ -1,6 +1,10 @@
 // Which instruction set runs: what the processor has, or what ADAMAX_EXT_ISA forces.
 #include "cpu/dispatch.hpp"
 
+#ifdef ADAMAX_X86
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 
 #include "adamax/adamax.hpp"
@@ -14,7 +18,9 @@ namespace {
 std::vector<const KernelTable*> runnable_tables() {
   std::vector<const KernelTable*> tables{&scalar::kTable};
 #ifdef ADAMAX_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+  unsigned eax, ebx, ecx = 0, edx;  // not every compiler's test knows F16C
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  if (__builtin_cpu_supports("avx2") && has_f16c) {
     tables.push_back(&avx2::kTable);
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

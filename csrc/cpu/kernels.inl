@@ -80,7 +80,7 @@ void update_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
   const AverageMode mode = scalars.average_mode;
   const bool overwrite = scalars.overwrite;
 
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) [[gnu::always_inline]] {
+  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(param + i);
     prefetch<V>(grad + i);
     prefetch<V>(momentum + i);
@@ -117,7 +117,7 @@ void accumulate_loop(const Streams& streams, std::int64_t begin, std::int64_t en
   auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Storage*>(streams.grad);
   auto* const accumulator = static_cast<T*>(streams.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) [[gnu::always_inline]] {
+  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(grad + i);
     prefetch<V>(accumulator + i);
     const V h = memory.template load<V>(grad + i) * s.grad_scale;
@@ -133,7 +133,7 @@ void average_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
   auto* const param = static_cast<typename TypeOf<dtype>::Storage*>(streams.param);
   auto* const averages = static_cast<T*>(streams.average);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) [[gnu::always_inline]] {
+  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
     V average = memory.template load<V>(averages + i);
     update_average(average, memory.template load<V>(param + i), scalars.average_mode, s);
     memory.store(average, averages + i);
@@ -166,7 +166,7 @@ void squares_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
     for (F64& sum : sums) sum = F64(0.0);
 
     // A row of kLanes elements at a time; beyond the end a row is zero, which adds nothing.
-    const auto add_row = [&](std::int64_t row, auto memory_at) [[gnu::always_inline]] {
+    const auto add_row = [&](std::int64_t row, auto memory_at) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int part = 0; part < kRegisters / kWide; ++part) {
         const std::int64_t i = row + part * V::kLanes;
@@ -188,10 +188,10 @@ void squares_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
     };
     std::int64_t row = block;
     for (; row + kLanes <= block_end; row += kLanes) {
-      add_row(row, [](std::int64_t) [[gnu::always_inline]] { return Whole{}; });
+      add_row(row, [](std::int64_t) __attribute__((always_inline)) { return Whole{}; });
     }
     if (row < block_end) {
-      add_row(row, [&](std::int64_t i) [[gnu::always_inline]] {
+      add_row(row, [&](std::int64_t i) __attribute__((always_inline)) {
         const std::int64_t left = block_end - i;
         return Partial{static_cast<int>(left < 0 ? 0 : left < V::kLanes ? left : V::kLanes)};
       });

@@ -12,7 +12,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __unix__
+#if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
 
@@ -30,7 +30,7 @@ std::atomic<int> cpu_limit_override{0};
 // Note [Fork]: the threads of an OpenMP pool do not survive fork(), and the runtime would wait for
 // them for ever. A child therefore never enters an OpenMP construct.
 std::atomic<bool> is_forked_child{false};
-#ifdef __unix__
+#if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true); });
 #endif
@@ -41,7 +41,7 @@ int positive_from_environment(const char* name) {
   return text == nullptr ? 0 : std::max(0, std::atoi(text));
 }
 
-int threads_from_environment() {
+[[maybe_unused]] int threads_from_environment() {
   static const int threads = [] {
     const int ours = positive_from_environment("ADAMAX_EXT_NUM_THREADS");
     return ours > 0 ? ours : positive_from_environment("OMP_NUM_THREADS");
@@ -80,7 +80,7 @@ bool Team::is_first() const {
 #endif
 }
 
-void run_parallel(int threads, const std::function<void(const Team&)>& body) {
+void run_parallel([[maybe_unused]] int threads, const std::function<void(const Team&)>& body) {
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)

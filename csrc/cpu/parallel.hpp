@@ -23,7 +23,7 @@ class Team {
   bool is_first() const;
 
  private:
-  int size_;
+  [[maybe_unused]] int size_;
 };
 
 // Runs body on `threads` threads, in IEEE mode on each; directly on the caller's if that is one.

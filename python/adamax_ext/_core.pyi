@@ -41,6 +41,7 @@ class Plan:
         ema_momentum: float,
         gradient_accumulation_steps: int | None,
     ) -> bool: ...
+    calls: int
     def overwrite(self, variables: Sequence[Any] | None) -> None: ...
 
 def update(
@@ -54,8 +55,8 @@ def update(
     beta_2: float,
     epsilon: float,
     weight_decay: float,
-    decay: str,
-    epsilon_mode: str,
+    l2_decay: bool,
+    epsilon_inside: bool,
     grad_scale: float,
     clipvalue: float | None,
     average: Any,

@@ -5,15 +5,17 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 
 def number(name: str, value: Any, wanted: str = "a number") -> float:
     """Return `value` as a float; TypeError if it is no number, ValueError if it is too large."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be {wanted}; received {value!r}")
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise type(error)(f"{name} must be {wanted}; received {value!r}") from error
+        raise ValueError(f"{name} must be {wanted}; received {value!r}") from error
 
 
 def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
@@ -49,11 +51,22 @@ def integer_or_none(name: str, value: Any, least: int) -> int | None:
     return None if value is None else integer(name, value, least)
 
 
+def is_second(name: str, value: Any, first: str, second: str) -> bool:
+    """Return whether `value` is the second of two words; ValueError if it is neither."""
+    if not (isinstance(value, str) and value in (first, second)):
+        raise ValueError(f"{name} must be '{first}' or '{second}'; received {value!r}")
+    return value == second
+
+
 def sequence(name: str, values: Any, what: str = "buffers") -> Sequence[Any]:
     """Return `values` as a list or tuple; TypeError for one buffer, which would fall into rows."""
     if isinstance(values, (list, tuple)):
         return values
     is_single = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "__array__")
     if is_single or not isinstance(values, Iterable) or isinstance(values, memoryview):
-        raise TypeError(f"{name} must be a sequence of {what}; received {type(values).__name__}")
+        raise TypeError(
+            f"{name} must be a sequence of {what}; received {type(values).__name__} {values!r}"[
+                :200
+            ]
+        )
     return list(values)

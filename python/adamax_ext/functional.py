@@ -91,8 +91,8 @@ def update(
         _settings.number("beta_2", beta_2),
         _settings.number("epsilon", epsilon),
         _settings.number("weight_decay", weight_decay),
-        str(decay),
-        str(epsilon_mode),
+        _settings.is_second("decay", decay, "decoupled", "l2"),
+        _settings.is_second("epsilon_mode", epsilon_mode, "outside", "inside"),
         _settings.number("grad_scale", grad_scale),
         None if clipvalue is None else _settings.number("clipvalue", clipvalue),
         average,
@@ -118,7 +118,7 @@ def global_norm(buffers: Iterable[Any]) -> float:
     TypeError, ValueError, BufferError
         As `update`.
     """
-    return _core.global_norm(buffers)
+    return _core.global_norm(_settings.sequence("buffers", buffers))
 
 
 def build_info() -> dict[str, Any]:

@@ -6,11 +6,20 @@ from typing import Any
 import numpy as np
 
 from adamax_ext import _settings, checkpoint
-from adamax_ext.exclusive import exclusive
-from adamax_ext.learning_rate import Rate
+from adamax_ext.locking import exclusive
 from adamax_ext.optimizer import Adamax
+from adamax_ext.rates import Rate
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array
+
+# Normal numbers of float32, as which Keras stores the scale, with normal reciprocals.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126
+
+
+def _scale(name: str, value: Any) -> float:
+    return _settings.real(
+        name, value, "from 2**-126 to 2**126", lambda x: _SMALLEST <= x <= _LARGEST
+    )
 
 
 class LossScaleOptimizer(Saveable):
@@ -24,8 +33,8 @@ class LossScaleOptimizer(Saveable):
     ----------
     inner_optimizer : Adamax
         Does the steps. Its own `loss_scale_factor` is cleared.
-    initial_scale : float > 0
-        Scale to begin with.
+    initial_scale : float from 2**-126 to 2**126
+        Scale to begin with; it stays in that range.
     dynamic_growth_steps : int >= 1
         Good steps in a row after which the scale doubles.
     name : str, optional
@@ -47,7 +56,7 @@ class LossScaleOptimizer(Saveable):
         super().__init__()
         if not isinstance(inner_optimizer, Adamax):
             raise TypeError(f"inner_optimizer must be an Adamax; received {inner_optimizer!r}")
-        self.initial_scale = _settings.positive("initial_scale", initial_scale)
+        self.initial_scale = _scale("initial_scale", initial_scale)
         self.dynamic_growth_steps = _settings.integer(
             "dynamic_growth_steps", dynamic_growth_steps, least=1
         )
@@ -84,10 +93,10 @@ class LossScaleOptimizer(Saveable):
         if inner.apply_scaled(grads, variables, self.dynamic_scale, require_finite=True):
             self.step_counter += 1
             if self.step_counter >= self.dynamic_growth_steps:
-                self.dynamic_scale *= 2.0
+                self.dynamic_scale = min(self.dynamic_scale * 2.0, _LARGEST)
                 self.step_counter = 0
         else:
-            self.dynamic_scale *= 0.5
+            self.dynamic_scale = max(self.dynamic_scale * 0.5, _SMALLEST)
             self.step_counter = 0
         return inner.calls
 
@@ -186,11 +195,12 @@ class LossScaleOptimizer(Saveable):
     def _prepare(
         self, scale: Any, counter: Any, load_inner: Callable[[], None]
     ) -> Callable[[], None]:
-        scale = _settings.positive("dynamic_scale", scale)
+        scale = _scale("dynamic_scale", scale)
         counter = _settings.integer("step_counter", counter, least=0)
 
         def commit() -> None:
-            load_inner()
+            with self.inner_optimizer.locked():
+                load_inner()
             self.dynamic_scale, self.step_counter = scale, counter
 
         return commit

@@ -1,17 +1,16 @@
 """`Adamax`: configuration and bookkeeping of steps; one native call does the arithmetic."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from adamax_ext import _core, _settings, checkpoint
-from adamax_ext import learning_rate as rates
-from adamax_ext.exclusion import Exclusion
-from adamax_ext.exclusive import exclusive
+from adamax_ext import _core, _settings, checkpoint, rates
+from adamax_ext.locking import exclusive
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array, State
+from adamax_ext.weight_decay import Exclusion
 
 
 class Adamax(Saveable):
@@ -118,7 +117,6 @@ class Adamax(Saveable):
             raise TypeError(f"name must be a string; received {name!r}")
         self.name = name
 
-        self._calls = 0  # completed calls of apply(), micro-batches included
         self._exclusion = Exclusion()
         self._state: State | None = None  # once built, with its plan
         self._plan: _core.Plan | None = None
@@ -149,11 +147,6 @@ class Adamax(Saveable):
             A buffer that cannot be a parameter; names that do not fit; other variables than those
             that the optimizer was built with before.
         """
-        self._build(variables, names)
-
-    def _build(
-        self, variables: Iterable[Any] | Mapping[str, Any], names: Iterable[str] | None = None
-    ) -> None:
         if isinstance(variables, Mapping):
             if names is not None:
                 raise ValueError(f"names must be None for a mapping; received {names!r}")
@@ -167,7 +160,15 @@ class Adamax(Saveable):
                     "optimizer for new variables"
                 )
             return
-        names = [f"variable_{i}" for i in range(len(variables))] if names is None else list(names)
+        state = self._new_state(variables, names)
+        self._plan = state.plan()
+        self._state = state
+
+    def _new_state(self, variables: Sequence[Any], names: Iterable[str] | None) -> State:
+        variables = list(variables)
+        if names is None:
+            names = [f"variable_{i}" for i in range(len(variables))]
+        names = list(_settings.sequence("names", names, "strings"))
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"names must be strings; received {names}")
         if len(names) != len(variables) or len(set(names)) != len(names):
@@ -176,12 +177,9 @@ class Adamax(Saveable):
                 f"received {names}"
             )
         decays = self._exclusion.decays(variables, names)
-        state = State.allocate(
+        return State.allocate(
             variables, names, decays, self.use_ema, self.gradient_accumulation_steps is not None
         )
-        self._plan = state.plan()
-        self._state = state
-        self._exclusion = Exclusion()  # lets go of its buffers
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
@@ -211,7 +209,7 @@ class Adamax(Saveable):
         Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then
         momentum and norm of each variable. The first two are copies, the others live arrays.
         """
-        scalars: list[Array] = [np.array(self._calls, np.int64)]
+        scalars: list[Array] = [np.array(self.calls, np.int64)]
         if isinstance(self._learning_rate, float):
             scalars.append(np.array(self._learning_rate, np.float32))
         return scalars + (self._state.in_keras_order() if self._state else [])
@@ -224,7 +222,7 @@ class Adamax(Saveable):
     @property
     def calls(self) -> int:
         """Number of completed calls of `apply`, micro-batches included."""
-        return self._calls
+        return self._plan.calls if self._plan else 0
 
     # ---- Steps -----------------------------------------------------------------------------------
 
@@ -254,7 +252,7 @@ class Adamax(Saveable):
             Another call is running on this optimizer.
         """
         self.apply_scaled(grads, variables, self.loss_scale_factor or 1.0)
-        return self._calls
+        return self.calls
 
     @exclusive
     def apply_scaled(
@@ -273,17 +271,19 @@ class Adamax(Saveable):
         if not grads:
             return True
         variables = None if variables is None else _settings.sequence("variables", variables)
-        if self._plan is None:
+        state, plan = self._state, self._plan
+        if plan is None:
             if variables is None:
                 raise ValueError("variables must be given to apply() before build() was called")
-            self._build(variables)
-        assert self._plan is not None
+            state = self._new_state(variables, None)
+            plan = state.plan()
+        calls = plan.calls
         micro_batches = self.gradient_accumulation_steps or 1
-        updates_done, position = divmod(self._calls, micro_batches)
+        updates_done, position = divmod(calls, micro_batches)
         step = updates_done + 1
         is_update = position == micro_batches - 1
         frequency = self.ema_overwrite_frequency
-        applied = self._plan.step(
+        applied = plan.step(
             grads,
             variables,
             step,
@@ -291,7 +291,7 @@ class Adamax(Saveable):
             not is_update,
             is_update and self.use_ema and frequency is not None and step % frequency == 0,
             require_finite,
-            rates.at(self._learning_rate, self._calls) if is_update else 0.0,
+            rates.at(self._learning_rate, calls) if is_update else 0.0,
             self.beta_1,
             self.beta_2,
             self.epsilon,
@@ -302,7 +302,7 @@ class Adamax(Saveable):
             self.ema_momentum,
             self.gradient_accumulation_steps,
         )
-        self._calls += applied
+        self._state, self._plan = state, plan
         return applied
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int:
@@ -318,12 +318,14 @@ class Adamax(Saveable):
     def finalize_variable_values(self, variables: Iterable[Any] | None = None) -> None:
         """Overwrite `variables` (by default all) with their averages, at the end of training.
 
-        Does nothing without `use_ema`.
+        Does nothing without `use_ema`, or before the first update, when there is no average yet.
         """
         if not self.use_ema:
             return
         if self._plan is None:
             raise ValueError("finalize_variable_values() must be called after build()")
+        if self.iterations == 0:
+            return
         self._plan.overwrite(
             None if variables is None else _settings.sequence("variables", variables)
         )
@@ -331,12 +333,12 @@ class Adamax(Saveable):
     @property
     def iterations(self) -> int:
         """Number of completed updates."""
-        return self._calls // (self.gradient_accumulation_steps or 1)
+        return self.calls // (self.gradient_accumulation_steps or 1)
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step. Settable; a number cannot replace a schedule or a callable."""
-        return rates.at(self._learning_rate, self._calls)
+        return rates.at(self._learning_rate, self.calls)
 
     @learning_rate.setter
     def learning_rate(self, value: rates.Rate) -> None:
@@ -367,7 +369,7 @@ class Adamax(Saveable):
         pairs = zip(self._state.names, self._state.decays, strict=True)
         return {
             "format_version": checkpoint.FORMAT_VERSION,
-            "calls": self._calls,
+            "calls": self.calls,
             "learning_rate": self._learning_rate
             if isinstance(self._learning_rate, float)
             else None,
@@ -400,12 +402,17 @@ class Adamax(Saveable):
         checkpoint.require_like(loaded, own)
         state = dataclasses.replace(self._state, decays=[name not in excluded for name in names])
         plan = state.plan()
+        plan.calls = calls
+        pairs = [
+            (array, np.array(loaded[name][kind]))  # a copy: it may share memory with other state
+            for name, arrays in own.items()
+            for kind, array in arrays.items()
+        ]
 
         def commit() -> None:
-            self._calls, self._learning_rate, self._state, self._plan = calls, rate, state, plan
-            for name, arrays in own.items():
-                for kind, array in arrays.items():
-                    array[...] = loaded[name][kind]
+            self._learning_rate, self._state, self._plan = rate, state, plan
+            for array, received in pairs:
+                array[...] = received
 
         return commit
 
@@ -420,19 +427,23 @@ class Adamax(Saveable):
             rate = rate if np.float32(rate) == received else received
 
         def commit() -> None:
-            self._calls, self._learning_rate = calls, rate
+            assert self._plan is not None
+            self._plan.calls, self._learning_rate = calls, rate
             for array, weight in zip(own, weights, strict=True):
                 array[...] = weight
 
         return commit
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": None}
+        return {**super().__getstate__(), "_plan": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        calls, self._plan = state["_plan"], None
         if self._state is not None:
+            self._state = self._state.laid_out_anew()
             self._plan = self._state.plan()
+            self._plan.calls = calls
 
 
 # Settings that get_config() copies as they are.

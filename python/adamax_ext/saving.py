@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adamax_ext import checkpoint
-from adamax_ext.exclusive import Exclusive, exclusive
+from adamax_ext.locking import Exclusive, exclusive
 
 
 class Saveable(Exclusive, ABC):
@@ -107,6 +107,7 @@ class Saveable(Exclusive, ABC):
         self._require_built()
         self.prepare_variables([np.array(weight) for weight in weights])()
 
+    @exclusive
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write `variables` into `store` as "0", "1", ..., the layout of Keras."""
         for i, array in enumerate(self.variables):

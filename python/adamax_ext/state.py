@@ -48,6 +48,16 @@ class State:
             zeros() if use_accumulators else None,
         )
 
+    def laid_out_anew(self) -> "State":
+        """Return a copy in the memory order of the variables, which unpickled arrays can lose."""
+        use_averages, use_accumulators = self.averages is not None, self.accumulators is not None
+        copy = State.allocate(
+            self.variables, self.names, self.decays, use_averages, use_accumulators
+        )
+        for array, old in zip(copy.in_keras_order(), self.in_keras_order(), strict=True):
+            array[...] = old
+        return copy
+
     def plan(self) -> _core.Plan:
         """Check the memory of all variables and return what the kernels need to know of it."""
         return _core.Plan(

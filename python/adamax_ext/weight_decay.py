@@ -27,11 +27,18 @@ class Exclusion:
 
     def decays(self, variables: list[Any], names: list[str]) -> list[bool]:
         """Return whether each variable has weight decay."""
-        excluded = {_memory(buffer, "var_list", i) for i, buffer in enumerate(self._buffers)}
+        memory = [_memory(variable, "variables", i) for i, variable in enumerate(variables)]
+        excluded = [_memory(buffer, "var_list", i) for i, buffer in enumerate(self._buffers)]
+        for i, place in enumerate(excluded):
+            if place not in memory:
+                raise ValueError(
+                    f"var_list[{i}] of exclude_from_weight_decay() must be one of the variables; "
+                    "received other memory"
+                )
         return [
-            _memory(variable, "variables", i) not in excluded
+            place not in excluded
             and not any(re.search(pattern, name) for pattern in self._patterns)
-            for i, (variable, name) in enumerate(zip(variables, names, strict=True))
+            for place, name in zip(memory, names, strict=True)
         ]
 
 
