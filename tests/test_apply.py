@@ -38,7 +38,6 @@ def built(**settings):
 )
 def test_names(arguments, names):
     optimizer = Adamax()
-    assert (optimizer.built, optimizer.state) == (False, {})
     optimizer.build(*arguments)
     assert (optimizer.built, list(optimizer.state), optimizer.calls) == (True, names, 0)
 
@@ -50,7 +49,7 @@ def test_names(arguments, names):
         ((three(), ["a", "b"]), ValueError, "names must be one unique string for each of the 3"),
         ((three(), [1, 2, 3]), TypeError, "names must be strings; received [1, 2, 3]"),
         (({1: values(0)},), TypeError, "names must be strings; received [1]"),
-        ((three(), "abc"), TypeError, "names must be a sequence of strings; received 'abc'"),
+        ((three(), "abc"), TypeError, "names must be a sequence of strings; received"),
         (({"a": values(0)}, ["a"]), ValueError, "names must be None for a mapping; received ['a'"),
         ((values(0),), TypeError, "variables must be a sequence of buffers; received ndarray"),
         (("abc",), TypeError, "variables must be a sequence of buffers; received str"),
@@ -70,7 +69,9 @@ def test_building_again():
     assert optimizer.apply([]) == 0
     with pytest.raises(ValueError, match=r"variables must be given to apply\(\) before build\(\)"):
         optimizer.apply(three(3))
-    assert not optimizer.built
+    with pytest.raises(ValueError, match="grads has 2 entries; expected 3"):
+        optimizer.apply(three(3)[:2], parameters)
+    assert (optimizer.built, optimizer.state) == (False, {})
     assert optimizer.apply(three(3), parameters) == 1
     norm = optimizer.state["variable_1"]["norm"]
     optimizer.build(parameters)
@@ -152,6 +153,11 @@ def test_gradients_follow_their_variables(alias, order):
         assert contents(parameters + optimizer.variables[2:]) == wanted
 
 
+def test_scale_loss():
+    assert Adamax().scale_loss(3) == 3
+    assert Adamax(loss_scale_factor=4).scale_loss(np.float32(0.5)) == 2
+
+
 def test_no_gradients_at_all_are_no_call():
     optimizer, parameters, _ = built()
     before = contents(parameters + optimizer.variables)
@@ -225,8 +231,8 @@ def test_finalize_variable_values():
 def test_finalize_variable_values_without_averages():
     optimizer, parameters, _ = built()
     before = contents(parameters)
-    optimizer.finalize_variable_values()
-    Adamax().finalize_variable_values()
+    for each in (optimizer, Adamax()):
+        each.finalize_variable_values()
     assert contents(parameters) == before
     with pytest.raises(ValueError, match=r"^finalize_variable_values\(\) must be called after bui"):
         Adamax(use_ema=True).finalize_variable_values()
@@ -265,20 +271,25 @@ def test_exclude_from_weight_decay(listed, patterns, expected, alias):
     assert decayed(optimizer, variables) == expected
 
 
-def test_exclusion_is_by_memory_not_by_address_alone():
-    memory, whole = np.ones(8), np.ones(8)
+@pytest.mark.parametrize("part", [slice(0, 8), slice(0, 3), slice(0, 0), slice(1, 5)], ids=str)
+def test_an_address_in_a_variable_does_not_exclude_it(part):
+    memory = np.ones(8)
     optimizer = Adamax(weight_decay=0.5)
-    optimizer.exclude_from_weight_decay([memory, whole[:4], memory[4:4]])
-    assert decayed(optimizer, [memory[:4], memory[4:], whole, np.ones(8)]) == [0, 1, 2, 3]
+    optimizer.exclude_from_weight_decay([memory[4:], memory[part]])
+    with pytest.raises(
+        ValueError, match=r"^var_list\[1\] .* must be one of the variables; received"
+    ):
+        optimizer.build([memory[:4], memory[4:]])
+    assert not optimizer.built
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((None, "bias"), TypeError, "var_names must be a sequence of strings; received 'bias'"),
+        ((None, "bias"), TypeError, "var_names must be a sequence of strings; received"),
         ((None, ["("]), ValueError, "var_names must be regular expressions; received '('"),
         ((None, [1]), (TypeError, ValueError), "var_names must be regular expressions; received 1"),
-        ((None, 1), TypeError, "var_names must be a sequence of strings; received 1"),
+        ((None, 1), TypeError, "var_names must be a sequence of strings; received"),
         (("bias",), TypeError, "var_list must be a sequence of buffers; received str"),
         ((np.ones(3),), TypeError, "var_list must be a sequence of buffers; received ndarray"),
         ((np.zeros(1),), TypeError, "var_list must be a sequence of buffers; received ndarray"),
@@ -296,10 +307,10 @@ def test_refused_exclusions(arguments, error, message):
         ValueError, match=r"^exclude_from_weight_decay\(\) must be called before bu"
     ):
         optimizer.exclude_from_weight_decay(var_names=["b"])
-    optimizer = Adamax()
-    optimizer.exclude_from_weight_decay([np.ones(3), "bias"])
-    with pytest.raises(TypeError, match=r"^var_list\[1\] is a str"):
-        optimizer.build([np.ones(3)])
+    optimizer, variable = Adamax(), np.ones(3)
+    optimizer.exclude_from_weight_decay([variable, "bias"])
+    with pytest.raises(TypeError, match=r"^var_list\[1\] .*is a str"):
+        optimizer.build([variable])
 
 
 # ---- One call at a time --------------------------------------------------------------------------
@@ -312,7 +323,7 @@ ENTRIES = {
     "load_state_dict": lambda optimizer: optimizer.load_state_dict({}),
     "set_weights": lambda optimizer: optimizer.set_weights([]),
 }
-AT_ONCE = r"was called while another call is running on the same optimizer"
+AT_ONCE = "called while another call is running"
 
 
 @pytest.mark.parametrize("enter", ENTRIES.values(), ids=ENTRIES)

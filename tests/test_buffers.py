@@ -96,8 +96,7 @@ class NoCapsule(DLPackOnly):
 
 
 VERSION, FLAGS, DATA, DEVICE, AXES_AND_DTYPE, LENGTHS, STRIDES, OFFSET = 0, 3, 4, 5, 6, 7, 8, 9
-MANY_AXES = 100_000
-ONES = (ctypes.c_int64 * MANY_AXES)(*[1] * MANY_AXES)
+ONES = (ctypes.c_int64 * 100_000)(*[1] * 100_000)
 
 
 class Patched(DLPackOnly):
@@ -381,11 +380,11 @@ REFUSALS = [
     (ROLES, BufferError, "no DLPack capsule", {"number": NoCapsule}),
     (ROLES, BufferError, "version 2; expected", {"DLPack 2": lambda a: Patched(a, {VERSION: 2})}),
     (
-        *(ROLES, ValueError, "more than 64 axes"),
+        *(ROLES, ValueError, "has {} axes; expected at most 64"),
         {
             "65": lambda a: with_axes(a, 65),
-            "many": lambda a: with_axes(a, MANY_AXES),
-            "many, no strides": lambda a: with_axes(a, MANY_AXES, strides=None),
+            "100000": lambda a: with_axes(a, 100_000),
+            "10000[0]": lambda a: with_axes(a, 100_000, strides=None),
         },
     ),
 ]
@@ -470,7 +469,7 @@ def test_pairs_of_dtypes(param, grad):
             optimizer.apply([passed["grad"]])
         assert contents(watched) == before
     for role in ("m", "u", "average"):
-        for other in {grad for _, grad in PAIRS} - {state}:
+        for other in filter(is_testable, {grad for _, grad in PAIRS} - {state}):
             with pytest.raises(TypeError, match=f"^{role} has dtype {other}; expected {state} for"):
                 step({**good, role: values(3, dtype=other)})
 

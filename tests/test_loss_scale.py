@@ -167,7 +167,7 @@ def test_good_steps_have_the_bits_of_adamax(settings, param, grad, initial_scale
 
 def test_a_scale_that_left_the_range_of_float32_still_works():
     """Thousands of good steps, or of bad ones, must not end in an error or in a lost checkpoint."""
-    for initial_scale, value in ((2.0**120, 1.0), (2.0**-140, NAN)):
+    for initial_scale, value in ((2.0**100, 1.0), (2.0**-100, NAN)):
         optimizer = LossScaleOptimizer(Adamax(), initial_scale, dynamic_growth_steps=1)
         optimizer.build([np.ones(3, np.float32)])
         for _ in range(1200):
@@ -323,7 +323,7 @@ def test_config(settings):
     assert LossScaleOptimizer(Adamax()).get_config().items() >= own.items()
 
 
-ABOVE_0, FROM_1 = "initial_scale must be a number > 0", "dynamic_growth_steps must be an integer"
+ABOVE_0, FROM_1 = "^initial_scale must be .*; received", "^dynamic_growth_steps must be an integer"
 WRAPPED = LossScaleOptimizer(Adamax())
 REFUSED = [
     *((x, {}, TypeError, "must be an Adamax; received") for x in (None, Adamax, WRAPPED)),

@@ -245,7 +245,7 @@ def test_threads_chunks_and_blocks(isa, clipping, micro_batches):
 
 
 def count_threads():
-    array, counts = np.ones(2**20, np.float32), []
+    array, counts = np.ones(2**24, np.float32), []
     for threads in each_thread_count():
         assert adamax_ext.get_num_threads() == threads
         adamax_ext.global_norm([array])
@@ -318,7 +318,7 @@ def check_lengths(param, grad, byte_shift):
                     with_gaps(call, lent),
                     None,
                     step=call // 2 + 1,
-                    grad_scale=1.0,
+                    loss_scale=1.0,
                     accumulate_only=call % 2 == 0,
                     overwrite=False,
                     require_finite=False,

@@ -40,12 +40,10 @@ class Work {
         in_chunk += end - begin;
         if (in_chunk >= kChunk) in_chunk = 0;
       }
-      elements_ += size;
     }
     chunk_starts_.push_back(pieces_.size());
   }
 
-  std::int64_t elements() const { return elements_; }
   std::int64_t chunks() const { return static_cast<std::int64_t>(chunk_starts_.size()) - 1; }
   std::span<const Piece> chunk(std::int64_t i) const {
     return std::span(pieces_).subspan(chunk_starts_[i], chunk_starts_[i + 1] - chunk_starts_[i]);
@@ -54,7 +52,6 @@ class Work {
  private:
   std::vector<Piece> pieces_;
   std::vector<std::size_t> chunk_starts_;
-  std::int64_t elements_ = 0;
 };
 
 int pair_index(const Variable& variable) {
@@ -102,16 +99,19 @@ class Step {
   bool run() {
     run_parallel(threads_for(traffic_), [this](const Team& team) {
       if (call_.require_finite) {
-        // What was accumulated is finite already; the gradient alone is looked at.
-        sum_squares(team, finite_next_, /*averaged=*/false);
+        // What was accumulated is finite already; the gradient alone is looked at, and as it is: a
+        // scale above 1 could make a finite one infinite.
+        StepScalars scalars = scalars_;
+        scalars.grad_scale = std::min(scalars.grad_scale, 1.0);
+        sum_squares(team, finite_next_, scalars, /*averaged=*/false);
         if (team.is_first()) check_finite();
         team.barrier();
         if (!is_finite_) return;
       }
       if (clips_by_norm()) {
-        // One pass serves both, unless micro-batches are averaged in between.
-        if (!call_.require_finite || averages_micro_batches()) {
-          sum_squares(team, norm_next_, averages_micro_batches());
+        // One pass serves both, where both look at the same numbers.
+        if (!call_.require_finite || averages_micro_batches() || scalars_.grad_scale > 1.0) {
+          sum_squares(team, norm_next_, scalars_, averages_micro_batches());
         }
         if (team.is_first()) {
           clip_coefficients(hyperparameters_, variables_, sums_of_squares_, clips_);
@@ -145,7 +145,8 @@ class Step {
   }
 
   // Fills sums_of_squares_; every thread of the team calls this.
-  void sum_squares(const Team& team, std::atomic<std::int64_t>& next, bool averaged) {
+  void sum_squares(const Team& team, std::atomic<std::int64_t>& next, const StepScalars& scalars,
+                   bool averaged) {
     team.share(next, work_.chunks(), [&](std::int64_t chunk) {
       for (const Piece& piece : work_.chunk(chunk)) {
         const Variable& v = variables_[piece.variable];
@@ -154,7 +155,7 @@ class Step {
         if (!averaged) streams.accumulator = nullptr;
         double* const sums =
             block_sums_.data() + first_block_[piece.variable] + piece.begin / kBlock;
-        table_.squares[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end, scalars_,
+        table_.squares[static_cast<int>(v.grad_dtype)](streams, piece.begin, piece.end, scalars,
                                                        sums);
       }
     });
@@ -171,7 +172,7 @@ class Step {
   void check_finite() {
     for (std::size_t i = 0; i < variables_.size(); ++i) {
       if (variables_[i].grad == nullptr || std::isfinite(sums_of_squares_[i])) continue;
-      if (!adamax::cpu::is_finite(variables_[i])) is_finite_ = false;
+      if (!only_sum_overflowed(variables_[i])) is_finite_ = false;
     }
   }
 
@@ -266,7 +267,7 @@ double global_norm(std::span<const ConstBuffer> buffers) {
     total +=
         cpu::fold_blocks(std::span(sums).subspan(first_block[i], cpu::num_blocks(buffers[i].size)));
   }
-  return cpu::norm_of(total);
+  return std::sqrt(total);
 }
 
 }  // namespace adamax

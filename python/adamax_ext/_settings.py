@@ -15,7 +15,8 @@ def number(name: str, value: Any, wanted: str = "a number") -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be {wanted}; received {value!r}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be {wanted}; received {value!r}") from error
 
 
 def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
@@ -64,9 +65,6 @@ def sequence(name: str, values: Any, what: str = "buffers") -> Sequence[Any]:
         return values
     is_single = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "__array__")
     if is_single or not isinstance(values, Iterable) or isinstance(values, memoryview):
-        raise TypeError(
-            f"{name} must be a sequence of {what}; received {type(values).__name__} {values!r}"[
-                :200
-            ]
-        )
+        received = repr(values) if what == "strings" else type(values).__name__
+        raise TypeError(f"{name} must be a sequence of {what}; received {received}")
     return list(values)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 _BUSY = (
-    "the optimizer was called while another call is running on it (in another thread, or in its own "
-    "learning rate); expected one call at a time"
+    "an optimizer was called while another call is running on the same optimizer (in another "
+    "thread, or in its own learning rate); expected one call at a time"
 )
 
 

@@ -12,14 +12,9 @@ from adamax_ext.rates import Rate
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array
 
-# Normal numbers of float32, as which Keras stores the scale, with normal reciprocals.
+# Beyond these the scale is not changed: it and its reciprocal stay normal numbers of float32, as which
+# Keras stores it.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
-
-
-def _scale(name: str, value: Any) -> float:
-    return _settings.real(
-        name, value, "from 2**-126 to 2**126", lambda x: _SMALLEST <= x <= _LARGEST
-    )
 
 
 class LossScaleOptimizer(Saveable):
@@ -33,8 +28,8 @@ class LossScaleOptimizer(Saveable):
     ----------
     inner_optimizer : Adamax
         Does the steps. Its own `loss_scale_factor` is cleared.
-    initial_scale : float from 2**-126 to 2**126
-        Scale to begin with; it stays in that range.
+    initial_scale : float > 0
+        Scale to begin with.
     dynamic_growth_steps : int >= 1
         Good steps in a row after which the scale doubles.
     name : str, optional
@@ -56,7 +51,7 @@ class LossScaleOptimizer(Saveable):
         super().__init__()
         if not isinstance(inner_optimizer, Adamax):
             raise TypeError(f"inner_optimizer must be an Adamax; received {inner_optimizer!r}")
-        self.initial_scale = _scale("initial_scale", initial_scale)
+        self.initial_scale = _settings.positive("initial_scale", initial_scale)
         self.dynamic_growth_steps = _settings.integer(
             "dynamic_growth_steps", dynamic_growth_steps, least=1
         )
@@ -93,12 +88,16 @@ class LossScaleOptimizer(Saveable):
         if inner.apply_scaled(grads, variables, self.dynamic_scale, require_finite=True):
             self.step_counter += 1
             if self.step_counter >= self.dynamic_growth_steps:
-                self.dynamic_scale = min(self.dynamic_scale * 2.0, _LARGEST)
+                self._change_scale(2.0)
                 self.step_counter = 0
         else:
-            self.dynamic_scale = max(self.dynamic_scale * 0.5, _SMALLEST)
+            self._change_scale(0.5)
             self.step_counter = 0
         return inner.calls
+
+    def _change_scale(self, factor: float) -> None:
+        if _SMALLEST <= self.dynamic_scale * factor <= _LARGEST:
+            self.dynamic_scale *= factor
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int:
         """Do one training step on pairs of gradient and variable; see `apply`."""
@@ -195,7 +194,7 @@ class LossScaleOptimizer(Saveable):
     def _prepare(
         self, scale: Any, counter: Any, load_inner: Callable[[], None]
     ) -> Callable[[], None]:
-        scale = _scale("dynamic_scale", scale)
+        scale = _settings.positive("dynamic_scale", scale)
         counter = _settings.integer("step_counter", counter, least=0)
 
         def commit() -> None:
