@@ -252,13 +252,6 @@ def test_averages_count_updates_where_keras_counts_micro_batches(frequency, prec
             precision.require_close(ours, theirs.numpy(), precision.weights, name)
 
 
-def test_averages_do_not_drift_from_those_of_keras(keras):
-    """In Keras the shares of the old average and of the weights add up to 1 in float32 as well."""
-    pair = pair_of(keras, {**BASE, "use_ema": True, "ema_momentum": 0.999}).build()
-    pair.train(range(1000))
-    pair.require_equal(FLOAT32)
-
-
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_configs_move_both_ways(settings, keras):
     pair = pair_of(keras, {**settings, "name": "mine"})

@@ -26,15 +26,11 @@ double fold_blocks(std::span<double> sums) {
   return sums[0];
 }
 
-double norm_of(double sum_of_squares) {
-  return sum_of_squares >= 0 ? std::sqrt(sum_of_squares) : sum_of_squares;
-}
-
 void clip_coefficients(const Hyperparameters& h, std::span<const Variable> variables,
                        std::span<const double> sums_of_squares, std::span<double> coefficients) {
   if (h.clipnorm) {
     for (std::size_t i = 0; i < variables.size(); ++i) {
-      const double norm = norm_of(sums_of_squares[i]);
+      const double norm = std::sqrt(sums_of_squares[i]);
       coefficients[i] = *h.clipnorm / (norm > *h.clipnorm || norm != norm ? norm : *h.clipnorm);
     }
   } else if (h.global_clipnorm) {
@@ -42,18 +38,14 @@ void clip_coefficients(const Hyperparameters& h, std::span<const Variable> varia
     for (std::size_t i = 0; i < variables.size(); ++i) {
       if (variables[i].grad != nullptr) total += sums_of_squares[i];
     }
-    const double norm = norm_of(total);
-    double c = 1.0;
-    if (!std::isfinite(norm)) {
-      c = std::numeric_limits<double>::quiet_NaN();
-    } else if (norm > 0) {
-      c = std::min(*h.global_clipnorm / norm, 1.0);
-    }
+    const double norm = std::sqrt(total);
+    const double c = std::isfinite(norm) ? std::min(*h.global_clipnorm / norm, 1.0)
+                                         : std::numeric_limits<double>::quiet_NaN();
     std::fill(coefficients.begin(), coefficients.end(), c);
   }
 }
 
-bool is_finite(const Variable& variable) {
+bool only_sum_overflowed(const Variable& variable) {
   if (variable.grad_dtype != DType::kFloat64) return false;
   const char* const grad = static_cast<const char*>(variable.grad);
   for (std::int64_t i = 0; i < variable.size; ++i) {

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <span>
-#include <vector>
 
 #include "adamax/adamax.hpp"
 #include "cpu/kernel_table.hpp"
@@ -17,16 +15,13 @@ constexpr std::int64_t num_blocks(std::int64_t size) { return (size + kBlock - 1
 // Uses `sums` as its workspace; 0 for none.
 double fold_blocks(std::span<double> sums);
 
-// The Euclidean norm from the sum of squares: NaN and infinity stay visible.
-double norm_of(double sum_of_squares);
-
 // Coefficients c of clipping by norm, one a variable, from the sums of squares of each variable.
 // Variables without a gradient are left out of the global norm.
 void clip_coefficients(const Hyperparameters& hyperparameters, std::span<const Variable> variables,
                        std::span<const double> sums_of_squares, std::span<double> coefficients);
 
-// Exactly whether every element of the gradient is finite, where its sum of squares is not: for
-// float64 the sum can overflow although every element is finite.
-bool is_finite(const Variable& variable);
+// Whether every element of the gradient is finite although its sum of squares is not, which
+// overflow does to float64 alone.
+bool only_sum_overflowed(const Variable& variable);
 
 }  // namespace adamax::cpu

@@ -12,8 +12,8 @@ from adamax_ext.rates import Rate
 from adamax_ext.saving import Saveable
 from adamax_ext.state import Array
 
-# Beyond these the scale is not changed: it and its reciprocal stay normal numbers of float32, as which
-# Keras stores it.
+# The scale does not leave this range by itself: it and its reciprocal stay normal float32 numbers,
+# as which Keras stores it.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
 
 
