@@ -10,7 +10,7 @@ from multiprocessing import shared_memory
 import numpy as np
 import pytest
 from adamax_ext import Adamax, update
-from support import dtype_of, every_dtype
+from support import dtype_of
 
 WRITTEN = ("param", "m", "u", "average")
 ROLES = ("param", "grad", "m", "u", "average")
