@@ -78,11 +78,19 @@ const TypeInfo& type_info(py::handle object) {
   // Holds a reference to every type in it, so that no address is used for another type.
   static auto* const known = new std::unordered_map<PyTypeObject*, TypeInfo>();
   PyTypeObject* const type = Py_TYPE(object.ptr());
-  const auto found = known->find(type);
-  if (found != known->end()) return found->second;
-  const TypeInfo info = inspect_type(object, reinterpret_cast<PyObject*>(type));
-  Py_INCREF(type);
-  return known->emplace(type, info).first->second;
+  // Buffers of one step are mostly of one type.
+  static PyTypeObject* last_type = nullptr;
+  static const TypeInfo* last_info = nullptr;
+  if (type == last_type) return *last_info;
+  auto found = known->find(type);
+  if (found == known->end()) {
+    const TypeInfo info = inspect_type(object, reinterpret_cast<PyObject*>(type));
+    Py_INCREF(type);
+    found = known->emplace(type, info).first;
+  }
+  last_type = type;
+  last_info = &found->second;
+  return *last_info;
 }
 
 // ---- NumPy
@@ -106,9 +114,11 @@ std::optional<DType> numpy_dtype(const py::dtype& dtype) {
 DType numpy_dtype_of(py::handle array, const Label& label) {
   // The descriptors seen so far; there is one object each for the native types.
   static auto* const known = new std::unordered_map<PyObject*, DType>();
+  static std::pair<PyObject*, DType> last{nullptr, DType::kFloat32};
   PyObject* const descriptor = py::detail::array_proxy(array.ptr())->descr;
+  if (descriptor == last.first) return last.second;
   const auto found = known->find(descriptor);
-  if (found != known->end()) return found->second;
+  if (found != known->end()) return (last = *found).second;
   const auto dtype = py::reinterpret_borrow<py::dtype>(descriptor);
   const std::optional<DType> result = numpy_dtype(dtype);
   if (!result) throw_dtype(label, py::str(dtype));

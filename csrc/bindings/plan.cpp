@@ -106,7 +106,13 @@ std::vector<py::object> Plan::gradients_by_variable(const py::sequence& grads,
   };
   if (variables.is_none()) {
     expect(entries_.size(), "variables that the optimizer was built with");
-    for (std::size_t i = 0; i < entries_.size(); ++i) ordered[i] = grads[i];
+    // Itself if it is a list or a tuple, whose items come without a call.
+    const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(grads.ptr(), "grads"));
+    if (!items) throw py::error_already_set();
+    PyObject* const* const first = PySequence_Fast_ITEMS(items.ptr());
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      ordered[i] = py::reinterpret_borrow<py::object>(first[i]);
+    }
     return ordered;
   }
   const auto passed = py::reinterpret_borrow<py::sequence>(variables);
