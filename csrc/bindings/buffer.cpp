@@ -279,6 +279,15 @@ void import_dlpack(py::handle object, const Label& label, Access access, Leases&
   }
 }
 
+bool is_negated(py::handle tensor) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  // Without a bound method for each tensor, of which the garbage collector would keep count.
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 void import_by_table(py::handle object, const Label& label, const DLPackExchangeAPI& table,
                      Buffer& buffer) {
   DLTensor tensor;
@@ -345,8 +354,7 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   if (access == Access::kWrite && info.is_immutable) {
     throw_read_only(label, " (arrays of its library are immutable)");
   }
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  if (info.has_sign_mark && py::cast<bool>(object.attr(is_neg)())) {
+  if (info.has_sign_mark && is_negated(object)) {
     throw py::value_error(label.text() +
                           " is a negated view, whose memory holds the opposite sign; expected "
                           "plain memory, such as its resolve_neg()");

@@ -38,6 +38,7 @@ struct VectorScalars {
   using T = typename V::Scalar;
   V grad_scale, mean_scale, clip_scale, clip_value, decay, one_minus_beta_1, beta_2, epsilon, rate,
       ema_momentum, one_minus_ema_momentum;
+  bool unscales, clips;
 
   VectorScalars(const StepScalars& s, double clip)
       : grad_scale(static_cast<T>(s.grad_scale)),
@@ -50,7 +51,9 @@ struct VectorScalars {
         epsilon(static_cast<T>(s.epsilon)),
         rate(static_cast<T>(s.rate)),
         ema_momentum(static_cast<T>(s.ema_momentum)),
-        one_minus_ema_momentum(static_cast<T>(s.one_minus_ema_momentum)) {}
+        one_minus_ema_momentum(static_cast<T>(s.one_minus_ema_momentum)),
+        unscales(s.grad_scale != 1.0),
+        clips(clip != 1.0 || s.clip_value != __builtin_inf()) {}
 };
 
 // Magnitude below which `m` and `u` become zero, so that a parameter whose gradient stays zero
@@ -61,8 +64,7 @@ constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 // `h` is the gradient after unscaling and averaging over micro-batches.
 template <Rule rule, class V>
 [[gnu::always_inline]] inline void update(V& w, V h, V& m, V& u, const VectorScalars<V>& s) {
-  h = h * s.clip_scale;
-  h = clamp(h, s.clip_value);
+  if (s.clips) h = clamp(h * s.clip_scale, s.clip_value);
   if constexpr (rule.decay == DecayRule::kDecoupled) w = w - w * s.decay;
   if constexpr (rule.decay == DecayRule::kL2) h = h + w * s.decay;
 

@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #endif
 
+#include <atomic>
 #include <cstdlib>
 
 #include "adamax/adamax.hpp"
@@ -31,10 +32,8 @@ std::vector<const KernelTable*> runnable_tables() {
   return tables;
 }
 
-const KernelTable& select_table() {
+const KernelTable& select_table(std::string_view name) {
   const auto tables = runnable_tables();
-  const char* const forced = std::getenv("ADAMAX_EXT_ISA");
-  const std::string_view name = forced == nullptr || *forced == '\0' ? "auto" : forced;
   if (name == "auto") return *tables.back();
   std::string valid = "auto";
   for (const KernelTable* table : tables) {
@@ -45,12 +44,18 @@ const KernelTable& select_table() {
                               " on this processor; received '" + std::string(name) + "'");
 }
 
-}  // namespace
-
-const KernelTable& active_table() {
-  static const KernelTable& table = select_table();
+std::atomic<const KernelTable*>& active() {
+  const char* const forced = std::getenv("ADAMAX_EXT_ISA");
+  static std::atomic<const KernelTable*> table =
+      &select_table(forced == nullptr || *forced == '\0' ? "auto" : forced);
   return table;
 }
+
+}  // namespace
+
+const KernelTable& active_table() { return *active().load(std::memory_order_relaxed); }
+
+void use_isa(std::string_view name) { active().store(&select_table(name)); }
 
 }  // namespace cpu
 

@@ -42,8 +42,8 @@ struct F32 {
   friend F32 abs(F32 a) { return F32(_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)); }
   // maxps and minps return their second operand when either is NaN.
   friend F32 maximum(F32 a, F32 b) {
-    const __mmask16 a_is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    return F32(_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), a_is_nan, a.v));
+    const __mmask16 a_is_number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+    return F32(_mm512_mask_max_ps(a.v, a_is_number, a.v, b.v));
   }
   friend F32 clamp(F32 a, F32 limit) {
     const __m512 negated = _mm512_xor_ps(_mm512_set1_ps(-0.0f), limit.v);
@@ -93,8 +93,8 @@ struct F64 {
   friend F64 operator/(F64 a, F64 b) { return F64(_mm512_div_pd(a.v, b.v)); }
   friend F64 abs(F64 a) { return F64(_mm512_andnot_pd(_mm512_set1_pd(-0.0), a.v)); }
   friend F64 maximum(F64 a, F64 b) {
-    const __mmask8 a_is_nan = _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);
-    return F64(_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), a_is_nan, a.v));
+    const __mmask8 a_is_number = _mm512_cmp_pd_mask(a.v, a.v, _CMP_ORD_Q);
+    return F64(_mm512_mask_max_pd(a.v, a_is_number, a.v, b.v));
   }
   friend F64 clamp(F64 a, F64 limit) {
     const __m512d negated = _mm512_xor_pd(_mm512_set1_pd(-0.0), limit.v);

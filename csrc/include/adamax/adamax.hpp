@@ -39,9 +39,9 @@ struct Hyperparameters {
   Decay decay = Decay::kDecoupled;
   EpsilonMode epsilon_mode = EpsilonMode::kOutside;
   // At most one of the three.
-  std::optional<double> clipnorm;         // per variable
-  std::optional<double> global_clipnorm;  // over all variables
-  std::optional<double> clipvalue;        // per element
+  std::optional<double> clipnorm = std::nullopt;         // per variable
+  std::optional<double> global_clipnorm = std::nullopt;  // over all variables
+  std::optional<double> clipvalue = std::nullopt;        // per element
   double ema_momentum = 0.99;
   std::int64_t gradient_accumulation_steps = 1;
 };

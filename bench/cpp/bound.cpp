@@ -1,0 +1,121 @@
+// The physical limit of a pass over memory: the same loads and stores, and nothing else.
+#include "bound.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+constexpr std::int64_t kChunk = 65536;  // elements, as in the step
+constexpr std::int64_t kUnit = 32;      // elements: a line of the narrowest type
+constexpr int kPrefetchBytes = 4096;    // over all streams, as in the step
+constexpr int kMaxStreams = 6;
+
+struct Stream {
+  int bytes_per_element = 0;
+  bool written = false;
+};
+
+// The streams of a pass, known to the compiler.
+struct Shape {
+  int count = 0;
+  std::array<Stream, kMaxStreams> streams{};
+};
+
+constexpr Shape norm_shape(int grad) { return {1, {{{grad, false}}}}; }
+constexpr Shape accumulate_shape(int state, int grad) {
+  return {2, {{{state, true}, {grad, false}}}};
+}
+constexpr Shape step_shape(int param, int grad, int states) {
+  Shape shape{2 + states, {{{param, true}, {grad, false}}}};
+  for (int i = 0; i < states; ++i) shape.streams[2 + i] = {param == 8 ? 8 : 4, true};
+  return shape;
+}
+
+constexpr auto kShapes = [] {
+  std::array<Shape, 3 + 3 + 5 * 3> shapes{};
+  int next = 0;
+  for (const int bytes : {2, 4, 8}) shapes[next++] = norm_shape(bytes);
+  shapes[next++] = accumulate_shape(4, 2);
+  shapes[next++] = accumulate_shape(4, 4);
+  shapes[next++] = accumulate_shape(8, 8);
+  for (const auto& [param, grad] : {std::pair(4, 4), {4, 2}, {2, 2}, {2, 4}, {8, 8}}) {
+    for (const int states : {2, 3, 4}) shapes[next++] = step_shape(param, grad, states);
+  }
+  return shapes;
+}();
+
+volatile std::uint32_t runtime_zero = 0;
+volatile std::uint32_t sink;
+
+// A cache line; the compiler makes of it what the machine has.
+using Line [[gnu::vector_size(64), gnu::aligned(1), gnu::may_alias]] = std::uint32_t;
+
+// Integers, and `zero` is 0 at run time alone: memory keeps its bits, and no float is slow.
+template <Shape shape, bool prefetch>
+void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t zero) {
+  Line read{};
+  for (std::int64_t i = begin; i < end; i += kUnit) {
+    const auto touch = [&]<std::size_t s>() __attribute__((always_inline)) {
+      constexpr Stream stream = shape.streams[s];
+      char* const p = data[s] + i * stream.bytes_per_element;
+#pragma GCC unroll 4
+      for (int byte = 0; byte < kUnit * stream.bytes_per_element; byte += 64) {
+        if constexpr (prefetch) __builtin_prefetch(p + byte + kPrefetchBytes / shape.count);
+        Line& line = *reinterpret_cast<Line*>(p + byte);
+        if constexpr (stream.written) {
+          line = line + zero;
+        } else {
+          read |= line;
+        }
+      }
+    };
+    [&]<std::size_t... s>(std::index_sequence<s...>) __attribute__((always_inline)) {
+      (touch.template operator()<s>(), ...);
+    }(std::make_index_sequence<shape.count>{});
+  }
+  sink = read[0];  // so that reads are not left out
+}
+
+using Pass = void (*)(char* const*, std::int64_t, std::int64_t, std::uint32_t);
+struct Compiled {
+  Shape shape;
+  Pass plain, prefetched;
+};
+constexpr auto kCompiled = []<std::size_t... i>(std::index_sequence<i...>) {
+  return std::array{Compiled{kShapes[i], pass<kShapes[i], false>, pass<kShapes[i], true>}...};
+}(std::make_index_sequence<kShapes.size()>{});
+
+}  // namespace
+
+int bound_variants() { return 4; }
+
+int bound_pass(const bound_stream* streams, int count, std::int64_t elements, int threads,
+               int variant) {
+  const auto compiled = std::ranges::find_if(kCompiled, [&](const Compiled& candidate) {
+    return candidate.shape.count == count &&
+           std::equal(streams, streams + count, candidate.shape.streams.begin(),
+                      [](const bound_stream& a, const Stream& b) {
+                        return a.bytes_per_element == b.bytes_per_element &&
+                               (a.written != 0) == b.written;
+                      });
+  });
+  if (compiled == kCompiled.end()) return 0;
+  const Pass run = variant % 2 == 0 ? compiled->plain : compiled->prefetched;
+  const std::int64_t part =
+      variant / 2 == 0 ? kChunk : (elements / kUnit + threads - 1) / threads * kUnit;
+  char* data[kMaxStreams];
+  for (int s = 0; s < count; ++s) data[s] = static_cast<char*>(streams[s].data);
+  const std::uint32_t zero = runtime_zero;
+  if (threads == 1) {
+    run(data, 0, elements, zero);
+    return 1;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (std::int64_t begin = 0; begin < elements; begin += part) {
+    run(data, begin, std::min(begin + part, elements), zero);
+  }
+  return 1;
+}

@@ -1,0 +1,356 @@
+// The harness: the step and its parts beside the bound of the same loads and stores, in turns.
+//
+// Google Benchmark names, filters and reports; each benchmark times its own rounds, because the
+// step and its bound must see the same machine.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "adamax/adamax.hpp"
+#include "bound.hpp"
+#include "cpu/dispatch.hpp"
+#include "memory.hpp"
+
+namespace adamax_bench {
+namespace {
+
+using adamax::Call;
+using adamax::DType;
+using adamax::Hyperparameters;
+using Action = std::function<void()>;
+using Sizes = std::vector<std::int64_t>;
+
+constexpr DType kF32 = DType::kFloat32;
+constexpr adamax::DTypePair kFloats{kF32, kF32};
+
+double seconds(const Action& action, int times) {
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < times; ++i) action();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / times;
+}
+
+double quantile(std::vector<double> values, double q) {
+  const auto at = values.begin() + static_cast<std::ptrdiff_t>(q * (values.size() - 1) + 0.5);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
+// Times every action once a round (small ones many times over), until there are enough rounds.
+std::vector<std::vector<double>> in_turns(const std::vector<Action>& actions) {
+  constexpr double kTurnSeconds = 200e-6, kTotalSeconds = 0.6;
+  constexpr int kLeastRounds = 9;
+  std::vector<std::vector<double>> times(actions.size());
+  for (const Action& action : actions) action();
+  const int repeats = std::max(1, static_cast<int>(kTurnSeconds / seconds(actions[0], 1)));
+  double total = 0;
+  for (int round = 0; round < kLeastRounds || total < kTotalSeconds; ++round) {
+    for (std::size_t i = 0; i < actions.size(); ++i) {
+      actions[i]();  // the caches are as this action leaves them
+      times[i].push_back(seconds(actions[i], repeats));
+      total += times[i].back() * repeats;
+    }
+  }
+  return times;
+}
+
+// Reports `action` per element, and beside the fastest way of making the passes of its bound.
+void report(benchmark::State& state, std::int64_t elements, int threads,
+            const std::vector<std::vector<bound_stream>>& passes, const Action& action) {
+  std::vector<Action> actions{action};
+  for (int variant = 0; variant < bound_variants(); ++variant) {
+    actions.push_back([&passes, elements, threads, variant] {
+      for (const auto& streams : passes) {
+        if (!bound_pass(streams.data(), static_cast<int>(streams.size()), elements / 32 * 32,
+                        threads, variant)) {
+          std::abort();  // a benchmark asks for a shape that bound.cpp does not list
+        }
+      }
+    });
+  }
+  double bytes_per_element = 0;
+  for (const auto& streams : passes) {
+    for (const bound_stream& s : streams)
+      bytes_per_element += s.bytes_per_element * (1 + s.written);
+  }
+  std::vector<std::vector<double>> times;
+  for (auto _ : state) {
+    times = in_turns(actions);
+    state.SetIterationTime(quantile(times[0], 0.5));
+  }
+  const auto& best = *std::min_element(times.begin() + 1, times.end(), [](auto& a, auto& b) {
+    return quantile(a, 0.5) < quantile(b, 0.5);
+  });
+  std::vector<double> fractions;
+  for (std::size_t round = 0; round < best.size(); ++round) {
+    fractions.push_back(best[round] / times[0][round]);
+  }
+  const double median = quantile(times[0], 0.5);
+  state.counters["ns_per_element"] = 1e9 * median / elements;
+  state.counters["bytes_per_second"] = bytes_per_element * elements / median;
+  state.counters["fraction_of_bound"] = quantile(best, 0.5) / median;
+  state.counters["fraction_low"] = quantile(fractions, 0.25);
+  state.counters["fraction_high"] = quantile(fractions, 0.75);
+  state.counters["rounds"] = static_cast<double>(best.size());
+}
+
+// ---- What is measured
+// ----------------------------------------------------------------------------
+
+struct Setting {
+  std::string isa = adamax::active_isa();
+  int threads = adamax::get_num_threads();
+  void apply() const {
+    adamax::cpu::use_isa(isa);
+    adamax::set_num_threads(threads);
+  }
+  std::string name() const { return "/isa:" + isa + "/threads:" + std::to_string(threads); }
+};
+
+// Threads that the step really uses: it wakes one for each MiB that it reads.
+int threads_of_step(const Setting& setting, const Memory& memory) {
+  std::int64_t bytes = 0;
+  for (const adamax::Variable& v : memory.variables()) {
+    bytes += 4 * v.size * static_cast<std::int64_t>(itemsize(compute_dtype(v.param_dtype)));
+  }
+  return static_cast<int>(std::clamp<std::int64_t>(bytes >> 20, 1, setting.threads));
+}
+
+void add(const std::string& name, std::function<void(benchmark::State&)> body) {
+  benchmark::RegisterBenchmark(name.c_str(), std::move(body))
+      ->Iterations(1)
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond);
+}
+
+std::string elements_of(std::int64_t n) { return "/elements:" + std::to_string(n); }
+
+std::string pair_name(adamax::DTypePair pair) {
+  return "/pair:" + std::string(dtype_name(pair.param)) + "-" + std::string(dtype_name(pair.grad));
+}
+
+enum class Bound { kStep, kNormAndStep };
+
+void add_step(const std::string& name, const Sizes& sizes, const Streams& streams,
+              const Hyperparameters& hyperparameters, const Setting& setting,
+              Bound bound = Bound::kStep, double loss_scale = 1.0) {
+  add(name, [=](benchmark::State& state) {
+    setting.apply();
+    const Memory memory(sizes, streams);
+    std::vector<std::vector<bound_stream>> passes{memory.step_streams()};
+    if (bound == Bound::kNormAndStep) passes.push_back(memory.norm_streams());
+    // Past the first step, on which an average is started and not averaged.
+    const Call call{.step = 2, .loss_scale = loss_scale};
+    report(state, memory.elements(), threads_of_step(setting, memory), passes,
+           [&] { adamax::step(memory.variables(), hyperparameters, call); });
+  });
+}
+
+void add_size_benchmarks() {
+  const std::set<int> thread_counts{1, Setting{}.threads};
+  for (const int threads : thread_counts) {
+    const Setting setting{.threads = threads};
+    for (int exponent = 10; exponent <= 28; ++exponent) {
+      const std::int64_t n = std::int64_t{1} << exponent;
+      add_step("size" + setting.name() + elements_of(n), {n}, {}, {}, setting);
+    }
+  }
+}
+
+void add_dtype_benchmarks() {
+  const Setting setting;
+  for (const adamax::DTypePair pair : adamax::kPairs) {
+    for (const bool average : {false, true}) {
+      for (const bool accumulator : {false, true}) {
+        for (const int exponent : {14, 20, 24}) {
+          const std::int64_t n = std::int64_t{1} << exponent;
+          const std::string work = std::string("plain") + (average ? "+average" : "") +
+                                   (accumulator ? "+accumulator" : "");
+          add_step("step" + pair_name(pair) + "/work:" + work + setting.name() + elements_of(n),
+                   {n}, {pair, average, accumulator},
+                   {.gradient_accumulation_steps = accumulator ? 4 : 1}, setting);
+        }
+      }
+    }
+  }
+}
+
+void add_rule_benchmarks() {
+  const Setting setting;
+  const struct {
+    const char* name;
+    Hyperparameters hyperparameters;
+  } rules[] = {
+      {"decoupled", {.weight_decay = 0.01}},
+      {"l2", {.weight_decay = 0.01, .decay = adamax::Decay::kL2}},
+      {"inside", {.epsilon_mode = adamax::EpsilonMode::kInside}},
+      {"l2+inside",
+       {.weight_decay = 0.01,
+        .decay = adamax::Decay::kL2,
+        .epsilon_mode = adamax::EpsilonMode::kInside}},
+      {"clipvalue", {.clipvalue = 0.5}},
+  };
+  for (const auto& rule : rules) {
+    for (const int exponent : {14, 24}) {
+      const std::int64_t n = std::int64_t{1} << exponent;
+      add_step(std::string("rule/rule:") + rule.name + setting.name() + elements_of(n), {n}, {},
+               rule.hyperparameters, setting);
+    }
+  }
+}
+
+void add_isa_benchmarks() {
+  const std::set<int> thread_counts{1, Setting{}.threads};
+  for (const std::string& isa : adamax::available_isas()) {
+    for (const int threads : thread_counts) {
+      const Setting setting{isa, threads};
+      for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+        for (const int exponent : {14, 20, 24}) {
+          const std::int64_t n = std::int64_t{1} << exponent;
+          add_step("isa" + pair_name(pair) + setting.name() + elements_of(n), {n}, {pair}, {},
+                   setting);
+        }
+      }
+    }
+  }
+}
+
+// Everything at once: unscale, norm over all gradients, decay, average: 40 bytes a float32 element.
+void add_full_benchmarks() {
+  const Setting setting;
+  const Hyperparameters full{.weight_decay = 0.01, .global_clipnorm = 1.0};
+  for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+    for (const int exponent : {14, 20, 24, 26}) {
+      const std::int64_t n = std::int64_t{1} << exponent;
+      add_step("full" + pair_name(pair) + setting.name() + elements_of(n), {n},
+               {pair, /*average=*/true}, full, setting, Bound::kNormAndStep, 1024.0);
+    }
+  }
+}
+
+void add_norm_benchmarks() {
+  const Setting setting;
+  for (const DType dtype : {kF32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
+    for (const int exponent : {14, 20, 24, 26}) {
+      const std::int64_t n = std::int64_t{1} << exponent;
+      add("norm/dtype:" + std::string(dtype_name(dtype)) + setting.name() + elements_of(n),
+          [=](benchmark::State& state) {
+            setting.apply();
+            const Memory memory(std::vector{n}, {.pair = {dtype, dtype}});
+            const adamax::ConstBuffer gradient{dtype, n, memory.variables()[0].grad};
+            const auto mebibytes = n * static_cast<std::int64_t>(itemsize(dtype)) >> 20;
+            report(state, n,
+                   static_cast<int>(std::clamp<std::int64_t>(mebibytes, 1, setting.threads)),
+                   {memory.norm_streams()},
+                   [&] { benchmark::DoNotOptimize(adamax::global_norm({&gradient, 1})); });
+          });
+    }
+  }
+}
+
+void add_accumulate_benchmarks() {
+  const Setting setting;
+  for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+    for (const int exponent : {14, 20, 24, 26}) {
+      const std::int64_t n = std::int64_t{1} << exponent;
+      add("accumulate" + pair_name(pair) + setting.name() + elements_of(n),
+          [=](benchmark::State& state) {
+            setting.apply();
+            const Memory memory(std::vector{n}, {.pair = pair, .accumulator = true});
+            report(state, n, threads_of_step(setting, memory), {memory.accumulate_streams()}, [&] {
+              adamax::step(memory.variables(), {.gradient_accumulation_steps = 1 << 20},
+                           {.accumulate_only = true});
+            });
+          });
+    }
+  }
+}
+
+// GPT-2 small: embeddings, then twelve blocks, then the last normalization; 148 tensors.
+Sizes gpt2_small() {
+  constexpr std::int64_t d = 768;
+  Sizes sizes{50257 * d, 1024 * d};
+  for (int block = 0; block < 12; ++block) {
+    for (const std::int64_t size :
+         {d, d, d * 3 * d, 3 * d, d * d, d, d, d, d * 4 * d, 4 * d, 4 * d * d, d}) {
+      sizes.push_back(size);
+    }
+  }
+  sizes.insert(sizes.end(), {d, d});
+  return sizes;
+}
+
+// Many variables; the bound is that of one array of the same size, and so is what "flat" measures.
+void add_tensor_benchmarks() {
+  const Setting setting;
+  const struct {
+    const char* name;
+    Sizes sizes;
+  } lists[] = {
+      {"400x256", Sizes(400, 256)}, {"160x16384", Sizes(160, 16384)}, {"gpt2-small", gpt2_small()}};
+  for (const auto& list : lists) {
+    std::int64_t total = 0;
+    for (const std::int64_t size : list.sizes) total += size;
+    const std::string prefix = std::string("tensors/list:") + list.name;
+    add_step(prefix + "/as:tensors" + setting.name() + elements_of(total), list.sizes, {}, {},
+             setting);
+    add_step(prefix + "/as:flat" + setting.name() + elements_of(total), {total}, {}, {}, setting);
+  }
+}
+
+// State that would be subnormal, and gradients that are 0: the step must not become slower. The
+// state is set before every step, so the time of a normal state set likewise stands beside it.
+void add_subnormal_benchmarks() {
+  const Setting setting;
+  constexpr std::int64_t n = 1 << 16;
+  for (const bool subnormal : {false, true}) {
+    add(std::string("subnormal/state:") + (subnormal ? "subnormal" : "normal") + setting.name() +
+            elements_of(n),
+        [=](benchmark::State& state) {
+          setting.apply();
+          Memory memory(std::vector{n}, {});
+          memory.fill_gradients(0.0);
+          const double size = subnormal ? 1e-39 : 1.0;
+          for (auto _ : state) {
+            std::vector<double> times;
+            for (int round = 0; round < 200; ++round) {
+              memory.fill_state(size, size);
+              times.push_back(seconds([&] { adamax::step(memory.variables(), {}, {}); }, 1));
+            }
+            state.SetIterationTime(quantile(times, 0.5));
+            state.counters["ns_per_element"] = 1e9 * quantile(times, 0.5) / n;
+          }
+        });
+  }
+}
+
+}  // namespace
+}  // namespace adamax_bench
+
+int main(int argc, char** argv) {
+  using namespace adamax_bench;
+  benchmark::AddCustomContext("isas", [] {
+    std::string names;
+    for (const std::string& isa : adamax::available_isas())
+      names += (names.empty() ? "" : ",") + isa;
+    return names;
+  }());
+  benchmark::AddCustomContext("compiler", __VERSION__);
+  add_size_benchmarks();
+  add_dtype_benchmarks();
+  add_rule_benchmarks();
+  add_isa_benchmarks();
+  add_full_benchmarks();
+  add_norm_benchmarks();
+  add_accumulate_benchmarks();
+  add_tensor_benchmarks();
+  add_subnormal_benchmarks();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}

@@ -1,0 +1,116 @@
+// The memory that a benchmark works on: variables with all their streams, filled with usual values.
+#include "memory.hpp"
+
+#include <bit>
+#include <new>
+#include <random>
+
+namespace adamax_bench {
+namespace {
+
+using adamax::DType;
+
+// Bits of a value in a dtype; float16 from a table of what is needed, being without a C++ type.
+template <class T>
+T converted(DType dtype, double value);
+template <>
+float converted<float>(DType, double value) {
+  return static_cast<float>(value);
+}
+template <>
+double converted<double>(DType, double value) {
+  return value;
+}
+template <>
+std::uint16_t converted<std::uint16_t>(DType dtype, double value) {
+  const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
+  if (dtype == DType::kBFloat16) return static_cast<std::uint16_t>(bits >> 16);
+  if ((bits & 0x7fffffff) == 0) return static_cast<std::uint16_t>(bits >> 16);
+  // Cut off instead of rounded; only for normal float16 values.
+  return static_cast<std::uint16_t>((bits >> 16 & 0x8000) |
+                                    (((bits >> 13) - (112 << 10)) & 0x7fff));
+}
+
+template <class T>
+void fill_random(T* p, DType dtype, std::int64_t elements, double low, double high) {
+  constexpr std::int64_t kPeriod = 4099;  // a prime: no variable sees the same values
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> uniform(low, high);
+  std::vector<T> values;
+  for (int i = 0; i < kPeriod; ++i) values.push_back(converted<T>(dtype, uniform(random)));
+  for (std::int64_t i = 0; i < elements; ++i) p[i] = values[i % kPeriod];
+}
+
+}  // namespace
+
+void Memory::Block::allocate(DType type, std::int64_t elements) {
+  dtype = type;
+  // Whole pages, as large NumPy and torch allocations get them.
+  const std::size_t bytes = elements * adamax::itemsize(type);
+  data.reset(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+  if (data == nullptr) throw std::bad_alloc();
+}
+
+void Memory::Block::fill(std::int64_t elements, double low, double high) {
+  if (dtype == DType::kFloat32) {
+    fill_random(static_cast<float*>(data.get()), dtype, elements, low, high);
+  } else if (dtype == DType::kFloat64) {
+    fill_random(static_cast<double*>(data.get()), dtype, elements, low, high);
+  } else {
+    fill_random(static_cast<std::uint16_t*>(data.get()), dtype, elements, low, high);
+  }
+}
+
+bound_stream Memory::Block::stream(bool written) const {
+  return {data.get(), static_cast<std::int32_t>(adamax::itemsize(dtype)), written};
+}
+
+Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
+  for (const std::int64_t size : sizes) elements_ += size;
+  const DType state = adamax::compute_dtype(streams.pair.param);
+  param_.allocate(streams.pair.param, elements_);
+  grad_.allocate(streams.pair.grad, elements_);
+  momentum_.allocate(state, elements_);
+  norm_.allocate(state, elements_);
+  if (streams.average) average_.allocate(state, elements_);
+  if (streams.accumulator) accumulator_.allocate(state, elements_);
+  param_.fill(elements_, -1.0, 1.0);
+  grad_.fill(elements_, -1.0, 1.0);
+  fill_state(0.0, 1.0);
+  if (streams.average) average_.fill(elements_, -1.0, 1.0);
+  if (streams.accumulator) accumulator_.fill(elements_, -1.0, 1.0);
+
+  std::int64_t begin = 0;
+  for (const std::int64_t size : sizes) {
+    const auto at = [begin](const Block& block) {
+      char* const data = static_cast<char*>(block.data.get());
+      return data == nullptr ? nullptr : data + begin * adamax::itemsize(block.dtype);
+    };
+    variables_.push_back({streams.pair.param, streams.pair.grad, size, at(param_), at(grad_),
+                          at(momentum_), at(norm_), at(average_), at(accumulator_)});
+    begin += size;
+  }
+}
+
+void Memory::fill_state(double momentum, double norm) {
+  momentum_.fill(elements_, -momentum, momentum);
+  norm_.fill(elements_, norm / 2, norm);
+}
+
+void Memory::fill_gradients(double value) { grad_.fill(elements_, -value, value); }
+
+std::vector<bound_stream> Memory::step_streams() const {
+  std::vector<bound_stream> streams{param_.stream(true), grad_.stream(false),
+                                    momentum_.stream(true), norm_.stream(true)};
+  if (average_.data) streams.push_back(average_.stream(true));
+  if (accumulator_.data) streams.push_back(accumulator_.stream(true));
+  return streams;
+}
+
+std::vector<bound_stream> Memory::norm_streams() const { return {grad_.stream(false)}; }
+
+std::vector<bound_stream> Memory::accumulate_streams() const {
+  return {accumulator_.stream(true), grad_.stream(false)};
+}
+
+}  // namespace adamax_bench
