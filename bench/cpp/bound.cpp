@@ -10,7 +10,6 @@ namespace {
 
 constexpr std::int64_t kChunk = 65536;  // elements, as in the step
 constexpr std::int64_t kUnit = 32;      // elements: a line of the narrowest type
-constexpr int kPrefetchBytes = 4096;    // over all streams, as in the step
 constexpr int kMaxStreams = 6;
 
 struct Stream {
@@ -54,7 +53,8 @@ volatile std::uint32_t sink;
 using Line [[gnu::vector_size(64), gnu::aligned(1), gnu::may_alias]] = std::uint32_t;
 
 // Integers, and `zero` is 0 at run time alone: memory keeps its bits, and no float is slow.
-template <Shape shape, bool prefetch>
+// `ahead`: how many bytes early each stream's lines are asked for; 0: not at all.
+template <Shape shape, int ahead>
 void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t zero) {
   Line read{};
   for (std::int64_t i = begin; i < end; i += kUnit) {
@@ -63,7 +63,7 @@ void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t
       char* const p = data[s] + i * stream.bytes_per_element;
 #pragma GCC unroll 4
       for (int byte = 0; byte < kUnit * stream.bytes_per_element; byte += 64) {
-        if constexpr (prefetch) __builtin_prefetch(p + byte + kPrefetchBytes / shape.count);
+        if constexpr (ahead > 0) __builtin_prefetch(p + byte + ahead);
         Line& line = *reinterpret_cast<Line*>(p + byte);
         if constexpr (stream.written) {
           line = line + zero;
@@ -82,15 +82,16 @@ void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t
 using Pass = void (*)(char* const*, std::int64_t, std::int64_t, std::uint32_t);
 struct Compiled {
   Shape shape;
-  Pass plain, prefetched;
+  std::array<Pass, 3> passes;
 };
 constexpr auto kCompiled = []<std::size_t... i>(std::index_sequence<i...>) {
-  return std::array{Compiled{kShapes[i], pass<kShapes[i], false>, pass<kShapes[i], true>}...};
+  return std::array{Compiled{
+      kShapes[i], {pass<kShapes[i], 0>, pass<kShapes[i], 384>, pass<kShapes[i], 1024>}}...};
 }(std::make_index_sequence<kShapes.size()>{});
 
 }  // namespace
 
-int bound_variants() { return 4; }
+int bound_variants() { return 6; }
 
 int bound_pass(const bound_stream* streams, int count, std::int64_t elements, int threads,
                int variant) {
@@ -103,9 +104,9 @@ int bound_pass(const bound_stream* streams, int count, std::int64_t elements, in
                       });
   });
   if (compiled == kCompiled.end()) return 0;
-  const Pass run = variant % 2 == 0 ? compiled->plain : compiled->prefetched;
+  const Pass run = compiled->passes[variant / 2];
   const std::int64_t part =
-      variant / 2 == 0 ? kChunk : (elements / kUnit + threads - 1) / threads * kUnit;
+      variant % 2 == 0 ? kChunk : (elements / kUnit + threads - 1) / threads * kUnit;
   char* data[kMaxStreams];
   for (int s = 0; s < count; ++s) data[s] = static_cast<char*>(streams[s].data);
   const std::uint32_t zero = runtime_zero;
