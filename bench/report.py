@@ -1,0 +1,451 @@
+"""Results as Markdown tables and plots.
+
+Run as ``python bench/report.py RESULTS.json ...``: prints the tables, and writes them and the plots
+beside each file. Reads what bench/peers.py and the harness of bench/cpp (Google Benchmark) write.
+"""
+
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # no pyplot: it would choose a display backend
+
+OURS = "adamax_ext"
+PAST_CACHES = 2**23  # elements: four float32 arrays of these are more than caches hold
+Row = dict[str, Any]
+
+# ---- Numbers as text -----------------------------------------------------------------------------
+
+
+def unit_of(seconds: float) -> tuple[float, str]:
+    return (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
+
+
+def time_text(seconds: float) -> str:
+    unit, name = unit_of(seconds)
+    return f"{seconds / unit:.3g} {name}"
+
+
+def seconds_text(quartiles: dict[str, float]) -> str:
+    """Return a median with its quartiles, in a unit that fits."""
+    unit, name = unit_of(quartiles["median"])
+    median, low, high = (f"{quartiles[key] / unit:.3g}" for key in ("median", "low", "high"))
+    return f"{median} {name} ({low} to {high})"
+
+
+def ratio_text(quartiles: dict[str, float] | None) -> str:
+    if quartiles is None:
+        return ""
+    digits = 1 if quartiles["median"] >= 20 else 2
+    median, low, high = (f"{quartiles[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# ---- What is promised ----------------------------------------------------------------------------
+
+
+class Rows:
+    """The rows of a run, to look up."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.all: list[Row] = results["rows"]
+        self.threads = results["threads"]
+        self.ours = results["ours"]  # who was in all duels
+
+    def find(self, work: str, contestant: str, threads: int | None = None) -> Row | None:
+        wanted = (work, contestant, threads or self.threads)
+        for row in self.all:
+            if (row["work"], row["contestant"], row["threads"]) == wanted:
+                return row
+        return None
+
+    def works(self) -> list[str]:
+        return list(dict.fromkeys(row["work"] for row in self.all))
+
+    def of(self, work: str) -> list[Row]:
+        return [row for row in self.all if row["work"] == work]
+
+    def own(self, work: str) -> Row | None:
+        return self.find(work, self.ours)
+
+    def curve(self, contestant: str) -> list[Row]:
+        """Plain float32 steps on one array, by size."""
+        rows = [
+            row
+            for row in self.all
+            if row["work"].startswith("plain")
+            and row["contestant"] == contestant
+            and row["threads"] == self.threads
+        ]
+        return sorted(rows, key=lambda row: row["elements"])
+
+
+def promises(results: dict[str, Any]) -> str:
+    """Return the table of goals; a goal of a ratio is met from it upwards."""
+    rows = Rows(results)
+    lines: list[list[str]] = []
+
+    def line(
+        what: str, goal: float | None, measured: float | None, text: str, at_most: bool
+    ) -> None:
+        met = ""
+        if measured is None:
+            text, met = "not measured", "unknown" if goal is not None else ""
+        elif goal is not None:
+            met = "yes" if (measured <= goal if at_most else measured >= goal) else "**no**"
+        sign = "at most" if at_most else "at least"
+        lines.append([what, "" if goal is None else f"{sign} {goal:g}", text, met])
+
+    def bound(what: str, work: str, goal: float | None = None, threads: int | None = None) -> None:
+        row = rows.find(work, OURS, threads)
+        fraction = row["fraction_of_bound"] if row else None
+        measured = fraction["median"] if fraction else None
+        line(f"{what}: of the bound", goal, measured, ratio_text(fraction), False)
+
+    def faster(what: str, work: str, goal: float | None, *peers: str) -> None:
+        """Against the fastest of `peers`."""
+        found = [row for peer in peers if (row := rows.find(work, peer)) and row["ratio_to_ours"]]
+        best = min(found, key=lambda row: row["ratio_to_ours"]["median"], default=None)
+        ratio = best["ratio_to_ours"] if best else None
+        measured = ratio["median"] if ratio else None
+        who = best["contestant"] if best else " or ".join(peers)
+        line(f"{what}: times as fast as {who}", goal, measured, ratio_text(ratio), False)
+
+    keras = [f"Keras Adamax, {backend}" for backend in ("JAX", "torch", "TensorFlow")]
+    for exponent in (14, 24, 26):
+        bound(f"plain step, 2^{exponent}", f"plain 2^{exponent}")
+    bound("full step, 2^24", "full 2^24")
+    bound("bfloat16 weights and gradients, 2^24", "bfloat16 2^24")
+    plain = "plain 2^24"
+    faster("plain step, 2^24", plain, 5.5, "torch Adamax, foreach")
+    faster("plain step, 2^24", plain, 1.5, "torch Adamax, compiled")
+    faster("plain step, 2^24", plain, 1.5, "optax adamax, jit")
+    faster("plain step, 2^24", plain, 1.15, "torch AdamW, fused")
+    faster("plain step, 2^24", plain, 1.15, "DeepSpeed CPU Adam")
+    faster("plain step, 2^24", plain, 2.7, *keras)
+    faster("full step, 2^24", "full 2^24", 2.7, *keras)
+    faster("400 arrays of 256", "400 x 256", 60, "torch AdamW, fused")
+    faster("400 arrays of 256", "400 x 256", 200, "torch Adamax, foreach")
+    flat = rows.find("GPT-2 small", "adamax_ext, one flat array")
+    ratio = flat["ratio_to_ours"] if flat else None
+    line(
+        "GPT-2 small's 148 arrays: speed of that of one array as large",
+        0.97,
+        ratio["median"] if ratio else None,
+        ratio_text(ratio),
+        False,
+    )
+    for result in results["zero_gradients"]:
+        ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
+        what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"
+        line(what, 1.05 if ours else None, last, f"{last:.3f}", True)
+    for exponent in (14, 24):
+        one = rows.find(f"plain 2^{exponent}", OURS, 1)
+        ratio = one["ratio_to_ours"] if one and rows.threads > 1 else None
+        measured = ratio["median"] if ratio else None
+        what = f"plain step, 2^{exponent}: {rows.threads} threads, times as fast as one"
+        line(what, None, measured, ratio_text(ratio), False)
+    costs = [
+        row["seconds"]["median"] / row["elements"] * 1e9
+        for row in rows.curve(rows.ours)
+        if row["elements"] >= PAST_CACHES
+    ]
+    spread = max(costs) / min(costs) if costs else None
+    text = f"{spread:.2f} ({min(costs):.3f} to {max(costs):.3f} ns an element)" if spread else ""
+    line("cost of an element past the caches, dearest size to cheapest", None, spread, text, True)
+    return table(["promise", "goal", "measured (quartiles)", "met"], lines)
+
+
+# ---- Tables of bench/peers.py --------------------------------------------------------------------
+
+
+def peak_text(row: Row) -> str:
+    if row["peak_bytes"] is None or row["elements"] < 2**20:
+        return ""  # too few to be seen beside everything else
+    return f"{row['peak_bytes'] / row['elements']:.1f}"
+
+
+def work_table(results: dict[str, Any], rows: list[Row]) -> str:
+    lines = []
+    own = Rows(results).own(rows[0]["work"])
+    for row in sorted(rows, key=lambda row: comparable_seconds(row, own)):
+        verdict = results["checks"][row["contestant"]]["full" if row["full"] else "plain"]
+        if row["state_bytes"] != rows[0]["state_bytes"]:
+            verdict += f"; state of {row['state_bytes']} bytes"
+        threads = f" ({row['threads']} thread)" if row["threads"] != results["threads"] else ""
+        lines.append(
+            [
+                row["contestant"] + threads,
+                seconds_text(row["seconds"]),
+                ratio_text(row["ratio_to_ours"]),
+                ratio_text(row["fraction_of_bound"]),
+                str(row["bytes_per_element"]),
+                peak_text(row),
+                verdict,
+            ]
+        )
+    header = ["contestant", "time of a step", "times ours", "of the bound", "bytes an element"]
+    return table([*header, "peak memory, bytes an element", "check"], lines)
+
+
+def curve_table(rows: Rows) -> str:
+    lines = []
+    for row in rows.curve(rows.ours):
+        seconds = row["seconds"]["median"]
+        lines.append(
+            [
+                f"{row['elements']:,}",
+                seconds_text(row["seconds"]),
+                f"{seconds / row['elements'] * 1e9:.3f}",
+                f"{row['bytes_per_element'] * row['elements'] / seconds / 1e9:.1f}",
+                ratio_text(row["fraction_of_bound"]),
+            ]
+        )
+    return table(["elements", "time", "ns an element", "GB/s", "of the bound"], lines)
+
+
+def peers_report(results: dict[str, Any]) -> str:
+    machine, rows = results["machine"], Rows(results)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    build = ", ".join(f"{key} {value}" for key, value in results["build_info"].items())
+    parts = [
+        f"# adamax_ext and its peers, {results['date'][:10]}\n",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{machine['os']}, kernel {machine['kernel']}, Python {machine['python']}; "
+        f"device {results['device']}, {results['threads']} threads.\n",
+        f"Versions: {versions}.\n",
+        f"Build: {build}.\n",
+        f"`{results['command']}`, {results['wall_seconds']:.0f} s. Medians, in parentheses "
+        "quartiles. A ratio is the median of the ratios within rounds: the machine's speed drifts, "
+        "so times of different contestants tell less. The bound is the same memory traffic without "
+        "arithmetic.\n",
+    ]
+    if results["device"] == "cpu":
+        parts += ["## What is promised\n", promises(results)]
+    if results["missing"]:
+        parts += ["## Missing\n"]
+        parts += [f"- {name}: {reason}" for name, reason in results["missing"].items()] + [""]
+    if rows.curve(rows.ours):
+        parts += ["## Cost against size (plain step)\n", curve_table(rows)]
+    for work in rows.works():
+        members = rows.of(work)
+        if len(members) > 1:
+            arrays = f"{members[0]['arrays']:,} arrays, " if members[0]["arrays"] > 1 else ""
+            title = f"## {work} ({arrays}{members[0]['elements']:,} elements)\n"
+            parts += [title, work_table(results, members)]
+    if results["zero_gradients"]:
+        lines = [
+            [
+                z["contestant"],
+                seconds_text(z["first"]),
+                seconds_text(z["last"]),
+                f"{z['last_to_first']:.3f}",
+            ]
+            for z in results["zero_gradients"]
+        ]
+        header = ["contestant", "first 100 steps", "last 100 of 1,200", "ratio"]
+        parts += ["## Zero gradients\n", table(header, lines)]
+    if results["training"]:
+        target = results["training"][0]["target"]
+        lines = [
+            [
+                t["contestant"],
+                f"{t['step_seconds']['sum']:.3f}",
+                f"{t['step_seconds']['median'] * 1e6:.0f}",
+                f"{t['total_seconds']:.2f}",
+                str(t["epochs"]),
+                f"{t['accuracy']:.2%}" + ("" if t["accuracy"] >= target else " (missed)"),
+            ]
+            for t in results["training"]
+        ]
+        header = ["optimizer", "its seconds (compilation, too)", "median step, µs"]
+        header += ["total seconds", "epochs", "test accuracy"]
+        parts += [
+            "## Time to a trained model\n",
+            f"The network of `python -m adamax_ext demo` in NumPy until {target:.0%} of the test "
+            "images are right: plain steps, constant rate, the same batches.\n",
+            table(header, lines),
+        ]
+    if results["failures"]:
+        parts += ["## Not timed\n"]
+        parts += [f"- {f['work']}, {f['contestant']}: {f['reason']}" for f in results["failures"]]
+    return "\n".join(parts)
+
+
+# ---- Plots ---------------------------------------------------------------------------------------
+
+
+def comparable_seconds(row: Row, own: Row | None) -> float:
+    """Return the row's time, as it would have been while ours was measured: drift cancels."""
+    if own is None or row["ratio_to_ours"] is None:
+        return float(row["seconds"]["median"])
+    return float(own["seconds"]["median"] * row["ratio_to_ours"]["median"])
+
+
+def bound_seconds(own: Row) -> float:
+    return float(own["seconds"]["median"] * own["fraction_of_bound"]["median"])
+
+
+def draw_sizes(results: dict[str, Any], axes: Axes) -> None:
+    """Time against size, with the bound."""
+    rows = Rows(results)
+    for name in dict.fromkeys(row["contestant"] for row in rows.all):
+        curve = rows.curve(name)
+        if len(curve) < 2:
+            continue
+        ours = name == rows.ours
+        axes.plot(
+            [row["elements"] for row in curve],
+            [comparable_seconds(row, rows.own(row["work"])) for row in curve],
+            color="C3" if ours else None,
+            linewidth=2.2 if ours else 1,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    own = [row for row in rows.curve(rows.ours) if row["fraction_of_bound"]]
+    axes.plot(
+        [row["elements"] for row in own],
+        [bound_seconds(row) for row in own],
+        color="k",
+        linestyle=":",
+        label="bound: memory traffic alone",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="elements",
+        ylabel="seconds a step",
+        title=f"Plain step, float32, {results['threads']} threads",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_bars(results: dict[str, Any], axes: Axes, work: str, title: str) -> None:
+    rows = Rows(results)
+    own = rows.own(work)
+    seconds = {
+        row["contestant"]: comparable_seconds(row, own)
+        for row in rows.of(work)
+        if row["threads"] == rows.threads
+    }
+    names = sorted(seconds, key=lambda name: -seconds[name])
+    values = [seconds[name] for name in names]
+    bars = axes.barh(names, values, color=["C3" if n.startswith(OURS) else "C0" for n in names])
+    axes.bar_label(bars, [time_text(value) for value in values], padding=3, fontsize=8)
+    axes.set(xscale="log", xlabel="seconds a step", title=title)
+    axes.set_xlim(min(values) / 2, max(values) * 4)
+    if own is not None and own["fraction_of_bound"]:
+        bound = bound_seconds(own)
+        axes.axvline(bound, color="k", linestyle=":", label="bound: memory traffic alone")
+        axes.set_xlim(min(*values, bound) / 2)
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def draw(results: dict[str, Any], stem: Path) -> list[Path]:
+    """Write a plot of each kind that there are results for."""
+    rows = Rows(results)
+    works = rows.works()
+    plots: dict[str, Callable[[Axes], None]] = {}
+    if len(rows.curve(rows.ours)) > 1:
+        plots["sizes"] = lambda axes: draw_sizes(results, axes)
+    if "400 x 256" in works:
+        title = "400 arrays of 256: what a call costs"
+        plots["small"] = lambda axes: draw_bars(results, axes, "400 x 256", title)
+    if full := next((work for work in works if work.startswith("full")), None):
+        parts = f"{full.split()[1]} elements: unscale, clip, decay, step, average"
+        plots["full"] = lambda axes: draw_bars(results, axes, full, f"Full step, {parts}")
+    written = []
+    for name, plot in plots.items():
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        plot(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        written.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(written[-1], dpi=120)
+    return written
+
+
+# ---- Google Benchmark ----------------------------------------------------------------------------
+
+
+def harness_name(name: str) -> tuple[str, dict[str, str]]:
+    """Split ``KIND/key:value/key:value``, without what Google Benchmark adds at the end."""
+    kind, *parts = name.split("/")
+    pairs = [part.split(":", 1) for part in parts if ":" in part]
+    return kind, {key: value for key, value in pairs if key not in ("iterations", "repeats")}
+
+
+def harness_report(results: dict[str, Any]) -> str:
+    context = results["context"]
+    known = ("num_cpus", "mhz_per_cpu", "library_version", "isas", "compiler")
+    facts = ", ".join(f"{key} {context[key]}" for key in known if key in context)
+    parts = [f"# The native harness, {context['date'][:10]}\n", f"{facts}.\n"]
+    groups: dict[str, list[tuple[dict[str, str], Row]]] = defaultdict(list)
+    for benchmark in results["benchmarks"]:
+        kind, settings = harness_name(benchmark["run_name"])
+        repeated = benchmark.get("repetitions", 1) > 1
+        if benchmark.get("aggregate_name") == ("median" if repeated else None):
+            groups[kind].append((settings, benchmark))
+    for kind, members in groups.items():
+        keys = list(dict.fromkeys(key for settings, _ in members for key in settings))
+        lines = []
+        for settings, row in members:
+            fraction = ""
+            if "fraction_of_bound" in row:
+                low, high = row.get("fraction_low"), row.get("fraction_high")
+                spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
+                fraction = f"{row['fraction_of_bound']:.2f}{spread}"
+            time = f"{row['real_time']:.4g} {row['time_unit']}"
+            cost = f"{row['ns_per_element']:.3f}" if "ns_per_element" in row else ""
+            speed = f"{row['bytes_per_second'] / 1e9:.1f}" if "bytes_per_second" in row else ""
+            if row.get("error_occurred"):
+                time = f"FAILED: {row.get('error_message')}"
+            lines.append([*(settings.get(key, "") for key in keys), time, cost, speed, fraction])
+        header = [*keys, "time", "ns an element", "GB/s", "of the bound"]
+        parts += [f"## {kind}\n", table(header, lines)]
+    return "\n".join(parts)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def show(path: Path) -> int:
+    """Print the report of the results in `path`; write it and the plots beside."""
+    results, stem = json.loads(path.read_text()), path.with_suffix("")
+    if "benchmarks" in results:
+        text, plots = harness_report(results), []
+    elif results.get("format") == 1:
+        text, plots = peers_report(results), draw(results, stem)
+    else:
+        raise ValueError(f"{path} is neither of bench/peers.py (format 1) nor of Google Benchmark")
+    for plot in plots:
+        label = re.sub(r".*-", "", plot.stem)
+        text += f"\n![{label}]({plot.name})"
+    print(text)
+    stem.with_suffix(".md").write_text(text.rstrip() + "\n")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__)
+        return 2
+    for path in arguments:
+        show(Path(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
