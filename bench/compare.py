@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import table
+from rows import table
 
 DRAWS = 2000
 Samples = dict[str, list[float]]

@@ -14,6 +14,7 @@
 #include "adamax/adamax.hpp"
 #include "bound.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/parallel.hpp"
 #include "memory.hpp"
 
 namespace adamax_bench {
@@ -111,13 +112,13 @@ struct Setting {
   std::string name() const { return "/isa:" + isa + "/threads:" + std::to_string(threads); }
 };
 
-// Threads that the step really uses: it wakes one for each MiB that it reads.
-int threads_of_step(const Setting& setting, const Memory& memory) {
+// The bound gets as many threads as the step uses at that size.
+int threads_of_step(const Memory& memory) {
   std::int64_t bytes = 0;
   for (const adamax::Variable& v : memory.variables()) {
     bytes += 4 * v.size * static_cast<std::int64_t>(itemsize(compute_dtype(v.param_dtype)));
   }
-  return static_cast<int>(std::clamp<std::int64_t>(bytes >> 20, 1, setting.threads));
+  return adamax::cpu::threads_for(bytes);
 }
 
 void add(const std::string& name, std::function<void(benchmark::State&)> body) {
@@ -145,7 +146,7 @@ void add_step(const std::string& name, const Sizes& sizes, const Streams& stream
     if (bound == Bound::kNormAndStep) passes.push_back(memory.norm_streams());
     // Past the first step, on which an average is started and not averaged.
     const Call call{.step = 2, .loss_scale = loss_scale};
-    report(state, memory.elements(), threads_of_step(setting, memory), passes,
+    report(state, memory.elements(), threads_of_step(memory), passes,
            [&] { adamax::step(memory.variables(), hyperparameters, call); });
   });
 }
@@ -242,10 +243,8 @@ void add_norm_benchmarks() {
             setting.apply();
             const Memory memory(std::vector{n}, {.pair = {dtype, dtype}});
             const adamax::ConstBuffer gradient{dtype, n, memory.variables()[0].grad};
-            const auto mebibytes = n * static_cast<std::int64_t>(itemsize(dtype)) >> 20;
-            report(state, n,
-                   static_cast<int>(std::clamp<std::int64_t>(mebibytes, 1, setting.threads)),
-                   {memory.norm_streams()},
+            const auto bytes = n * static_cast<std::int64_t>(itemsize(dtype));
+            report(state, n, adamax::cpu::threads_for(bytes), {memory.norm_streams()},
                    [&] { benchmark::DoNotOptimize(adamax::global_norm({&gradient, 1})); });
           });
     }
@@ -261,7 +260,7 @@ void add_accumulate_benchmarks() {
           [=](benchmark::State& state) {
             setting.apply();
             const Memory memory(std::vector{n}, {.pair = pair, .accumulator = true});
-            report(state, n, threads_of_step(setting, memory), {memory.accumulate_streams()}, [&] {
+            report(state, n, threads_of_step(memory), {memory.accumulate_streams()}, [&] {
               adamax::step(memory.variables(), {.gradient_accumulation_steps = 1 << 20},
                            {.accumulate_only = true});
             });

@@ -178,7 +178,10 @@ void import_numpy(py::handle object, const Label& label, Access access, Buffer& 
   }
   buffer.dtype = numpy_dtype_of(object, label);
   buffer.data = array->data;
-  set_layout_of_bytes(buffer, label, array->nd, array->dimensions, array->strides);
+  // Without the strides there is nothing to divide.
+  const bool is_row_major = (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
+  set_layout_of_bytes(buffer, label, array->nd, array->dimensions,
+                      is_row_major ? nullptr : array->strides);
 }
 
 // ---- DLPack

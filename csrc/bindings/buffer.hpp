@@ -48,7 +48,7 @@ struct Buffer {
   std::int64_t size;  // elements
   Layout layout;
 
-  std::int64_t bytes() const { return size * static_cast<std::int64_t>(itemsize(dtype)); }
+  std::size_t bytes() const { return size * itemsize(dtype); }
 };
 
 // Holds what the buffer protocol and DLPack lent until it is destroyed, with the GIL held.

@@ -39,7 +39,7 @@ void update(const py::object& param, const py::object& grad, const py::object& m
   const Label labels[5] = {{"param"}, {"m"}, {"u"}, {"average"}, {"grad"}};
   import_buffer(param, labels[0], Access::kWrite, leases, buffers[0]);
   require_dense(buffers[0], labels[0]);
-  written.add(buffers[0], labels[0]);
+  written.add(buffers[0].data, buffers[0].bytes(), labels[0]);
   const py::object* const state[3] = {&m, &u, &average};
   void* data[3] = {};
   for (int s = 0; s < 3; ++s) {
@@ -48,7 +48,7 @@ void update(const py::object& param, const py::object& grad, const py::object& m
     import_buffer(*state[s], labels[s + 1], Access::kWrite, leases, buffer);
     require_state_dtype(buffer, labels[s + 1], buffers[0].dtype);
     require_same_layout(buffer, labels[s + 1], buffers[0], labels[0]);
-    written.add(buffer, labels[s + 1]);
+    written.add(buffer.data, buffer.bytes(), labels[s + 1]);
     data[s] = buffer.data;
   }
   written.seal();
@@ -56,7 +56,8 @@ void update(const py::object& param, const py::object& grad, const py::object& m
   import_buffer(grad, labels[4], Access::kRead, leases, gradient);
   require_pair(buffers[0].dtype, gradient.dtype, labels[0], labels[4]);
   require_same_layout(gradient, labels[4], buffers[0], labels[0]);
-  written.require_readable(gradient, labels[4], buffers[0]);
+  std::size_t place = 0;
+  written.require_readable(gradient, labels[4], buffers[0], place);
 
   const Variable variable{buffers[0].dtype, gradient.dtype, buffers[0].size, buffers[0].data,
                           gradient.data,    data[0],        data[1],         data[2]};

@@ -17,8 +17,9 @@ class WrittenMemory {
     Label label;
   };
 
-  void add(const Buffer& buffer, const Label& label) {
-    if (buffer.size > 0) ranges_.push_back({buffer.data, buffer.data + buffer.bytes(), label});
+  void add(const void* data, std::size_t bytes, const Label& label) {
+    const char* const begin = static_cast<const char*>(data);
+    if (bytes > 0) ranges_.push_back({begin, begin + bytes, label});
   }
 
   // Sorts the ranges; throws ValueError if two overlap.
@@ -34,12 +35,19 @@ class WrittenMemory {
   }
 
   // A gradient may be the memory of its own parameter, which is read before it is written, and
-  // nothing else that is written. Throws ValueError otherwise.
-  void require_readable(const Buffer& grad, const Label& label, const Buffer& param) const {
+  // nothing else that is written. Throws ValueError otherwise. `place` is where the gradient was
+  // found between the ranges the last time, and is mostly where it is.
+  void require_readable(const Buffer& grad, const Label& label, const Buffer& param,
+                        std::size_t& place) const {
     if (grad.size == 0) return;
     const char* const end = grad.data + grad.bytes();
+    if (place > 0 && place < ranges_.size() && ranges_[place - 1].end <= grad.data &&
+        end <= ranges_[place].begin) {
+      return;
+    }
     const auto range = std::partition_point(ranges_.begin(), ranges_.end(),
                                             [&](const Range& r) { return r.end <= grad.data; });
+    place = range - ranges_.begin();
     if (range == ranges_.end() || range->begin >= end) return;
     if (range->begin == param.data && grad.data == param.data && grad.bytes() == param.bytes()) {
       return;

@@ -31,9 +31,8 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
     const py::object state[4] = {momentum[i], norm[i], item(averages), item(accumulators)};
     char* data[4] = {};
     for (int s = 0; s < 4; ++s) {
-      Buffer& buffer = entry.state[s];
-      buffer.size = 0;
       if (state[s].is_none()) continue;
+      Buffer buffer;
       import_buffer(state[s], label(kStateRoles[s], i), Access::kWrite, leases, buffer);
       require_state_dtype(buffer, label(kStateRoles[s], i), param.dtype);
       require_same_layout(buffer, label(kStateRoles[s], i), param, label("variables", i));
@@ -48,8 +47,13 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
 void Plan::find_written_memory() {
   WrittenMemory written;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
-    written.add(entries_[i].buffer, label("variables", i));
-    for (int s = 0; s < 4; ++s) written.add(entries_[i].state[s], label(kStateRoles[s], i));
+    const Variable& v = entries_[i].variable;
+    written.add(v.param, entries_[i].buffer.bytes(), label("variables", i));
+    const std::size_t bytes = v.size * itemsize(compute_dtype(v.param_dtype));
+    void* const state[4] = {v.momentum, v.norm, v.average, v.accumulator};
+    for (int s = 0; s < 4; ++s) {
+      if (state[s] != nullptr) written.add(state[s], bytes, label(kStateRoles[s], i));
+    }
   }
   written.seal();
   written_ = std::move(written);
@@ -129,12 +133,12 @@ std::vector<py::object> Plan::gradients_by_variable(const py::sequence& grads,
 }
 
 void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases) {
-  const Entry& entry = entries_[i];
+  Entry& entry = entries_[i];
   Buffer buffer;
   import_buffer(grad, label("grads", i), Access::kRead, leases, buffer);
   require_pair(entry.buffer.dtype, buffer.dtype, label("variables", i), label("grads", i));
   require_same_layout(buffer, label("grads", i), entry.buffer, label("variables", i));
-  written_.require_readable(buffer, label("grads", i), entry.buffer);
+  written_.require_readable(buffer, label("grads", i), entry.buffer, entry.gradient_place);
   variables_[i].grad_dtype = buffer.dtype;
   // An empty array may have a null pointer, which would stand for a skipped variable; with no
   // elements it makes no difference.

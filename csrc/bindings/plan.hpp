@@ -38,7 +38,7 @@ class Plan {
     std::string name;
     Buffer buffer;  // of the parameter, as last seen
     Variable variable;
-    Buffer state[4];  // momentum, norm, average, accumulator; size 0 if not kept
+    std::size_t gradient_place = 0;  // among written_, as last seen
   };
 
   Label label(std::string_view role, std::size_t i) const {

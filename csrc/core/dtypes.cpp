@@ -1,4 +1,4 @@
-// Names and sizes of the dtypes.
+// Names of the dtypes, and what is supported.
 #include "adamax/dtypes.hpp"
 
 #include <algorithm>
@@ -10,11 +10,6 @@ namespace adamax {
 std::string_view dtype_name(DType dtype) {
   constexpr std::string_view kNames[] = {"float32", "float64", "float16", "bfloat16"};
   return kNames[static_cast<int>(dtype)];
-}
-
-std::size_t itemsize(DType dtype) {
-  constexpr std::size_t kSizes[] = {4, 8, 2, 2};
-  return kSizes[static_cast<int>(dtype)];
 }
 
 DType compute_dtype(DType dtype) {

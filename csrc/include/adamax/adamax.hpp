@@ -140,7 +140,6 @@ void set_num_threads(int n);
 int get_num_threads();
 
 std::string_view dtype_name(DType dtype);
-std::size_t itemsize(DType dtype);
 DType compute_dtype(DType dtype);
 bool is_supported(DTypePair pair);
 

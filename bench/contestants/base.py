@@ -1,0 +1,76 @@
+"""What a contestant is: a work to do, and a library that does its steps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+RATE, BETA_1, BETA_2, EPSILON = 0.01, 0.9, 0.999, 1e-7
+WEIGHT_DECAY, CLIP, EMA = 0.01, 1.0, 0.99
+# Unscaling doubles the gradients and clipping, which always applies, sets their norm to 1: a
+# library that does both in place finds the same gradients at every step, as in training.
+LOSS_SCALE = 0.5
+
+Turns = dict[str, Callable[[], object]]  # what can be timed, by name
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done in a step: arrays of these shapes; plain, or full (see peers.py)."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str = "float32"
+    full: bool = False
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def bytes_per_element(self, state: int) -> int:
+        """Traffic of a step in one pass, and of one more over the gradients for their norm."""
+        weight = 2 if self.dtype == "bfloat16" else 4
+        return 3 * weight + 4 * state + (weight + 2 * state if self.full else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Work":
+        return cls(**{**fields, "shapes": tuple(tuple(shape) for shape in fields["shapes"])})
+
+
+class Contestant:
+    """A library with arrays of a work: `load` gradients, then `step` as often as wanted."""
+
+    rule: ClassVar[str] = "Adamax"
+    environment: ClassVar[dict[str, str]] = {}  # what must be set before the process starts
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    packages: ClassVar[tuple[str, ...]] = ()  # whose versions matter
+
+    def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
+        """Take over `params`, arrays in host memory, and allocate the state."""
+        raise NotImplementedError
+
+    def load(self, grads: list[Any]) -> None:
+        """Put gradients, arrays in host memory, where the library wants them."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Do a step, or enqueue it."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Wait for the steps to end."""
+
+    def weights(self) -> list[Any]:
+        """Return the weights in host memory."""
+        raise NotImplementedError
+
+    def turns(self, bound_library: str | None, threads: int) -> Turns:
+        """What can be timed on these arrays."""
+        return {"step": self.step}
+
+    def state_bytes(self, work: Work) -> int:
+        """Bytes an element of the first moment; most keep it in the dtype of the weights."""
+        return 2 if work.dtype == "bfloat16" else 4

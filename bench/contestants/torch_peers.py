@@ -1,0 +1,136 @@
+"""Optimizers on torch tensors: torch's own, and DeepSpeed's."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from contestants.base import (
+    BETA_1,
+    BETA_2,
+    CLIP,
+    EMA,
+    EPSILON,
+    LOSS_SCALE,
+    WEIGHT_DECAY,
+    Contestant,
+    Work,
+)
+
+
+def tensor(array: Any, device: str) -> Any:
+    """Return a torch tensor; on the CPU it shares the memory of `array`."""
+    import torch
+
+    if array.dtype.name == "bfloat16":  # which torch does not know from NumPy
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
+class Torch(Contestant):
+    """A torch optimizer; the full step as torch's users write it, with foreach functions."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    decays_itself = False  # Adamax' own decay is the other kind: it is added to the gradients
+
+    def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
+        import torch
+
+        self.torch, self.device, self.full, self.rate = torch, device, work.full, rate
+        self.params = [torch.nn.Parameter(tensor(p, device)) for p in params]
+        self.averages = [p.detach().clone() for p in self.params] if work.full else []
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> Any:
+        raise NotImplementedError
+
+    def adamax(self, foreach: bool) -> Any:
+        betas = (BETA_1, BETA_2)
+        return self.torch.optim.Adamax(self.params, self.rate, betas, EPSILON, foreach=foreach)
+
+    def load(self, grads: list[Any]) -> None:
+        for p, g in zip(self.params, grads, strict=True):
+            if p.grad is None:
+                p.grad = tensor(g, self.device)
+            else:
+                p.grad.copy_(tensor(g, self.device))
+
+    def step(self) -> None:
+        if not self.full:
+            self.optimizer.step()
+            return
+        torch = self.torch
+        with torch.no_grad():
+            torch._foreach_mul_([p.grad for p in self.params], 1 / LOSS_SCALE)
+            torch.nn.utils.clip_grad_norm_(self.params, CLIP, foreach=True)
+            if not self.decays_itself:
+                torch._foreach_mul_(self.params, 1 - self.rate * WEIGHT_DECAY)
+            self.optimizer.step()
+            torch._foreach_lerp_(self.averages, self.params, 1 - EMA)
+
+    def finish(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def weights(self) -> list[Any]:
+        return [p.detach().cpu().numpy() for p in self.params]
+
+
+class TorchLoop(Torch):
+    def make_optimizer(self) -> Any:
+        return self.adamax(foreach=False)
+
+
+class TorchForeach(Torch):
+    def make_optimizer(self) -> Any:
+        return self.adamax(foreach=True)
+
+
+class TorchCompiled(Torch):
+    """The whole step under torch.compile, in the fastest of the ways that torch offers."""
+
+    def make_optimizer(self) -> Any:
+        torch = self.torch
+        # Else every work counts as one more variant of the same step, and after eight of them torch
+        # would go on without compiling.
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        rate = torch.tensor(self.rate, device=self.device)  # a number would be compiled in
+        optimizer = torch.optim.Adamax(
+            self.params, rate, (BETA_1, BETA_2), EPSILON, foreach=True, capturable=True
+        )
+        self.step = torch.compile(super().step)  # type: ignore[method-assign]
+        return optimizer
+
+
+class TorchAdamW(Torch):
+    """Another algorithm with the same traffic: what torch's own fused kernel reaches."""
+
+    rule = "AdamW"
+    decays_itself = True
+
+    def make_optimizer(self) -> Any:
+        decay = WEIGHT_DECAY if self.full else 0.0
+        return self.torch.optim.AdamW(
+            self.params, self.rate, (BETA_1, BETA_2), EPSILON, decay, fused=True
+        )
+
+
+class DeepSpeed(Torch):
+    """DeepSpeed's Adam for offloading; it compiles itself at its first use, in some minutes."""
+
+    rule = "AdamW"
+    environment: ClassVar[dict[str, str]] = {"DS_ACCELERATOR": "cpu"}
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    packages: ClassVar[tuple[str, ...]] = ("deepspeed", "torch")
+    decays_itself = True
+
+    def make_optimizer(self) -> Any:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        decay = WEIGHT_DECAY if self.full else 0.0
+        return DeepSpeedCPUAdam(
+            self.params, self.rate, betas=(BETA_1, BETA_2), eps=EPSILON, weight_decay=decay
+        )
+
+    def state_bytes(self, work: Work) -> int:
+        return 4

@@ -1,0 +1,86 @@
+"""The rows of bench/peers.py's JSON, and their numbers as text."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+OURS = "adamax_ext"
+Row = dict[str, Any]
+
+
+class Rows:
+    """The rows of a run, to look up."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.all: list[Row] = results["rows"]
+        self.threads = results["threads"]
+        self.ours = results["ours"]  # who was in all duels
+
+    def find(self, work: str, contestant: str, threads: int | None = None) -> Row | None:
+        wanted = (work, contestant, threads or self.threads)
+        for row in self.all:
+            if (row["work"], row["contestant"], row["threads"]) == wanted:
+                return row
+        return None
+
+    def works(self) -> list[str]:
+        return list(dict.fromkeys(row["work"] for row in self.all))
+
+    def of(self, work: str) -> list[Row]:
+        return [row for row in self.all if row["work"] == work]
+
+    def own(self, work: str) -> Row | None:
+        return self.find(work, self.ours)
+
+    def curve(self, contestant: str) -> list[Row]:
+        """Plain float32 steps on one array, by size."""
+        rows = [
+            row
+            for row in self.all
+            if row["work"].startswith("plain")
+            and row["contestant"] == contestant
+            and row["threads"] == self.threads
+        ]
+        return sorted(rows, key=lambda row: row["elements"])
+
+
+def comparable_seconds(row: Row, own: Row | None) -> float:
+    """Return the row's time, as it would have been while ours was measured: drift cancels."""
+    if own is None or row["ratio_to_ours"] is None:
+        return float(row["seconds"]["median"])
+    return float(own["seconds"]["median"] * row["ratio_to_ours"]["median"])
+
+
+def bound_seconds(own: Row) -> float:
+    return float(own["seconds"]["median"] * own["fraction_of_bound"]["median"])
+
+
+# ---- Numbers as text -----------------------------------------------------------------------------
+
+
+def unit_of(seconds: float) -> tuple[float, str]:
+    return (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
+
+
+def time_text(seconds: float) -> str:
+    unit, name = unit_of(seconds)
+    return f"{seconds / unit:.3g} {name}"
+
+
+def seconds_text(quartiles: dict[str, float]) -> str:
+    """Return a median with its quartiles, in a unit that fits."""
+    unit, name = unit_of(quartiles["median"])
+    median, low, high = (f"{quartiles[key] / unit:.3g}" for key in ("median", "low", "high"))
+    return f"{median} {name} ({low} to {high})"
+
+
+def ratio_text(quartiles: dict[str, float] | None) -> str:
+    if quartiles is None:
+        return ""
+    digits = 1 if quartiles["median"] >= 20 else 2
+    median, low, high = (f"{quartiles[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
