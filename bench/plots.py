@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure  # no pyplot: it would choose a display backend
 from rows import OURS, Rows, bound_seconds, comparable_seconds, time_text
 
@@ -12,19 +14,21 @@ from rows import OURS, Rows, bound_seconds, comparable_seconds, time_text
 def draw_sizes(results: dict[str, Any], axes: Axes) -> None:
     """Time against size, with the bound."""
     rows = Rows(results)
+    # Without the red of ours; twice as many colours as the default has.
+    axes.set_prop_cycle(color=[c for c in colormaps["tab20"].colors if c != to_rgb("C3")])
     for name in dict.fromkeys(row["contestant"] for row in rows.all):
         curve = rows.curve(name)
         if len(curve) < 2:
             continue
         ours = name == rows.ours
+        style = {"color": "C3", "linewidth": 2.2} if ours else {"linewidth": 1}
         axes.plot(
             [row["elements"] for row in curve],
             [comparable_seconds(row, rows.own(row["work"])) for row in curve],
-            color="C3" if ours else None,
-            linewidth=2.2 if ours else 1,
             marker="o",
             markersize=3,
             label=name,
+            **style,
         )
     own = [row for row in rows.curve(rows.ours) if row["fraction_of_bound"]]
     axes.plot(
