@@ -297,6 +297,19 @@ def test_apply_refuses_a_gradient_in_written_memory(place):
     assert optimizer.apply([memory[:12], values(2, 12)]) == 2  # exactly its own parameter
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_gradient_that_moved_into_written_memory(shift):
+    memory = values(9, 36)
+    optimizer, between, other = Adamax(), memory[12:24], values(2, 12)
+    optimizer.build({"a": memory[:12], "b": memory[24:]})
+    assert optimizer.apply([between, other]) == 1  # where the next gradient is expected
+    before = contents([memory, *optimizer.variables])
+    with pytest.raises(ValueError, match=r"^grads\[0\] .* overlaps variables\[[01]\]"):
+        optimizer.apply([memory[12 + shift : 24 + shift], other])
+    assert contents([memory, *optimizer.variables]) == before
+    assert optimizer.apply([between, other]) == 2
+
+
 # ---- Parameters that change between steps --------------------------------------------------------
 
 BUILT_WITH = "the optimizer was built with float32"
