@@ -1,9 +1,10 @@
 """What a change did: each measurement of two result files, with the bounds of noise.
 
 Run as ``python bench/compare.py OLD.json NEW.json``. Reads what bench/peers.py and the harness of
-bench/cpp (Google Benchmark, with ``--benchmark_repetitions``) write. The interval is the middle
-95 % of the ratios of medians when rounds are drawn again from both files; a change is marked if 1
-is outside. Rounds of one run share that run's luck: repeat both before believing a small change.
+bench/cpp (Google Benchmark, with ``--benchmark_repetitions=5`` or more) write. The interval is the
+middle 95 % of the ratios of medians when rounds (of the harness: repetitions) are drawn again from
+both files; a change is marked if 1 is outside. Rounds of one run share that run's luck: repeat both
+before believing a small change.
 """
 
 import json
@@ -26,11 +27,12 @@ def samples(path: Path) -> Samples:
     found: Samples = defaultdict(list)
     if "benchmarks" in results:
         for row in results["benchmarks"]:
-            if row["run_type"] == "iteration" and not row.get("error_occurred"):
+            if row["run_type"] == "iteration":
                 found[f"{row['run_name']}: time"].append(row["real_time"])
-                if "fraction_low" in row:  # the harness tells quartiles of its rounds
-                    fractions = (row[f"fraction_{end}"] for end in ("low", "of_bound", "high"))
-                    found[f"{row['run_name']}: time to the bound's"] += [1 / f for f in fractions]
+                if "fraction_of_bound" in row:
+                    found[f"{row['run_name']}: time to the bound's"].append(
+                        1 / row["fraction_of_bound"]
+                    )
         return found
     for row in results["rows"]:
         name = f"{row['work']}, {row['contestant']}, {row['threads']} threads"

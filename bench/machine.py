@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each contestant's packages; what is absent is named as missing."""
+    """Return the version of each contestant's packages; absent ones are left out."""
     imports = {name for kind in CONTESTANTS.values() for name in kind.packages}
     found = importlib.metadata.packages_distributions()
     names = sorted({distribution for name in imports for distribution in found.get(name, ())})

@@ -31,8 +31,9 @@ import adamax_ext
 import report
 from contestants import CONTESTANTS
 from contestants.base import Work
-from duels import GPU_BOUND, OURS, Entry, Run
+from duels import GPU_BOUND, Entry, Run
 from machine import default_path, machine, versions
+from rows import OURS
 
 HERE = Path(__file__).parent
 OURS_TORCH, OURS_FLAT = "adamax_ext, torch tensors", "adamax_ext, one flat array"

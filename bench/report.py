@@ -156,7 +156,8 @@ def peers_report(results: dict[str, Any]) -> str:
         f"`{results['command']}`, {results['wall_seconds']:.0f} s. Medians, in parentheses "
         "quartiles. A ratio is the median of the ratios within rounds: the machine's speed drifts, "
         "so times of different contestants tell less. The bound is the same memory traffic without "
-        "arithmetic.\n",
+        "arithmetic. Peak memory is what a work added to its process; what a library kept from an "
+        "earlier work is not in it.\n",
     ]
     if results["device"] == "cpu":
         parts += ["## What is promised\n", promises(results)]
@@ -239,14 +240,18 @@ HARNESS_PROMISES = (
 )
 
 
+def fraction_text(row: Row) -> str:
+    median, low, high = (row[f"fraction_{key}"] for key in ("of_bound", "low", "high"))
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
 def harness_promises(rows: Sequence[Row]) -> str:
     lines = []
     for what, name, goal in HARNESS_PROMISES:
         for row in rows:
             if re.match(f"{name}/", row["run_name"]):
-                fraction = row["fraction_of_bound"]
-                text = f"{fraction:.2f} ({row['fraction_low']:.2f} to {row['fraction_high']:.2f})"
-                lines.append([what, f"{goal:g}", text, "yes" if fraction >= goal else "**no**"])
+                met = "yes" if row["fraction_of_bound"] >= goal else "**no**"
+                lines.append([what, f"{goal:g}", fraction_text(row), met])
     return table(["promise, of the bound", "at least", "measured (quartiles)", "met"], lines)
 
 
@@ -255,27 +260,26 @@ def harness_report(results: dict[str, Any]) -> str:
     known = ("num_cpus", "mhz_per_cpu", "library_version", "isas", "compiler")
     facts = ", ".join(f"{key} {context[key]}" for key in known if key in context)
     parts = [f"# The native harness, {context['date'][:10]}\n", f"{facts}.\n"]
+    # Of a repeated benchmark the median alone.
+    benchmarks = [
+        benchmark
+        for benchmark in results["benchmarks"]
+        if benchmark.get("aggregate_name")
+        == ("median" if benchmark.get("repetitions", 1) > 1 else None)
+    ]
     groups: dict[str, list[tuple[dict[str, str], Row]]] = defaultdict(list)
-    for benchmark in results["benchmarks"]:
+    for benchmark in benchmarks:
         kind, settings = harness_name(benchmark["run_name"])
-        repeated = benchmark.get("repetitions", 1) > 1
-        if benchmark.get("aggregate_name") == ("median" if repeated else None):
-            groups[kind].append((settings, benchmark))
-    parts += ["## What is promised\n", harness_promises(results["benchmarks"])]
+        groups[kind].append((settings, benchmark))
+    parts += ["## What is promised\n", harness_promises(benchmarks)]
     for kind, members in groups.items():
         keys = list(dict.fromkeys(key for settings, _ in members for key in settings))
         lines = []
         for settings, row in members:
-            fraction = ""
-            if "fraction_of_bound" in row:
-                low, high = row.get("fraction_low"), row.get("fraction_high")
-                spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
-                fraction = f"{row['fraction_of_bound']:.2f}{spread}"
+            fraction = fraction_text(row) if "fraction_of_bound" in row else ""
             time = f"{row['real_time']:.4g} {row['time_unit']}"
-            cost = f"{row['ns_per_element']:.3f}" if "ns_per_element" in row else ""
+            cost = f"{row['ns_per_element']:.3f}"
             speed = f"{row['bytes_per_second'] / 1e9:.1f}" if "bytes_per_second" in row else ""
-            if row.get("error_occurred"):
-                time = f"FAILED: {row.get('error_message')}"
             lines.append([*(settings.get(key, "") for key in keys), time, cost, speed, fraction])
         header = [*keys, "time", "ns an element", "GB/s", "of the bound"]
         parts += [f"## {kind}\n", table(header, lines)]

@@ -97,18 +97,20 @@ class KerasTorch(Keras):
     packages: ClassVar[tuple[str, ...]] = ("keras", "torch")
 
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
+        import torch
+
+        self.torch = torch
         super().__init__(work, device, params, rate)
         if self.variables[0].value.device.type != device:  # Keras takes what there is
             raise RuntimeError(f"Keras' torch backend found no {device} device")
 
     def step(self) -> None:
-        self.optimizer.apply(self.grads)
+        with self.torch.no_grad():  # as in Keras' own training loop
+            self.optimizer.apply(self.grads)
 
     def finish(self) -> None:
         if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
+            self.torch.cuda.synchronize()
 
 
 class KerasJax(Keras):

@@ -129,9 +129,6 @@ class AdamaxExtFlat(AdamaxExt):
     def load(self, grads: list[Any]) -> None:
         super().load([np.concatenate([g.ravel() for g in grads])])
 
-    def turns(self, bound_library: str | None, threads: int) -> Turns:
-        return {"step": self.step}
-
 
 class AdamaxExtTorch(AdamaxExt):
     """`adamax_ext.Adamax` on torch tensors, on the device."""

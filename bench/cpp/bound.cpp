@@ -3,14 +3,23 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <utility>
 
 namespace {
 
 constexpr std::int64_t kChunk = 65536;  // elements, as in the step
-constexpr std::int64_t kUnit = 32;      // elements: a line of the narrowest type
 constexpr int kMaxStreams = 6;
+
+// The widest vector of the machine; a unit of elements fills one with the narrowest type.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+using Vector [[gnu::vector_size(kVectorBytes), gnu::aligned(1), gnu::may_alias]] = std::uint32_t;
+constexpr int kUnit = kVectorBytes / 2;
 
 struct Stream {
   int bytes_per_element = 0;
@@ -49,32 +58,37 @@ constexpr auto kShapes = [] {
 volatile std::uint32_t runtime_zero = 0;
 volatile std::uint32_t sink;
 
-// A cache line; the compiler makes of it what the machine has.
-using Line [[gnu::vector_size(64), gnu::aligned(1), gnu::may_alias]] = std::uint32_t;
-
-// Integers, and `zero` is 0 at run time alone: memory keeps its bits, and no float is slow.
-// `ahead`: how many bytes early each stream's lines are asked for; 0: not at all.
+// All loads of a unit come before its stores, as in the step. Integers, and `zero` is 0 at run time
+// alone: memory keeps its bits, and no float is slow. `ahead`: how many bytes early each stream's
+// lines are asked for; 0: not at all.
 template <Shape shape, int ahead>
 void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t zero) {
-  Line read{};
+  Vector read{};
   for (std::int64_t i = begin; i < end; i += kUnit) {
-    const auto touch = [&]<std::size_t s>() __attribute__((always_inline)) {
-      constexpr Stream stream = shape.streams[s];
-      char* const p = data[s] + i * stream.bytes_per_element;
+    Vector held[kMaxStreams][8 * kUnit / sizeof(Vector)];
+#pragma GCC unroll 6
+    for (int s = 0; s < shape.count; ++s) {
+      const int bytes = shape.streams[s].bytes_per_element;
+      const char* const p = data[s] + i * bytes;
 #pragma GCC unroll 4
-      for (int byte = 0; byte < kUnit * stream.bytes_per_element; byte += 64) {
-        if constexpr (ahead > 0) __builtin_prefetch(p + byte + ahead);
-        Line& line = *reinterpret_cast<Line*>(p + byte);
-        if constexpr (stream.written) {
-          line = line + zero;
+      for (std::size_t v = 0; v < bytes * kUnit / sizeof(Vector); ++v) {
+        if constexpr (ahead > 0) __builtin_prefetch(p + v * sizeof(Vector) + ahead);
+        held[s][v] = *reinterpret_cast<const Vector*>(p + v * sizeof(Vector));
+      }
+    }
+#pragma GCC unroll 6
+    for (int s = 0; s < shape.count; ++s) {
+      const int bytes = shape.streams[s].bytes_per_element;
+      char* const p = data[s] + i * bytes;
+#pragma GCC unroll 4
+      for (std::size_t v = 0; v < bytes * kUnit / sizeof(Vector); ++v) {
+        if (shape.streams[s].written) {
+          *reinterpret_cast<Vector*>(p + v * sizeof(Vector)) = held[s][v] + zero;
         } else {
-          read |= line;
+          read |= held[s][v];
         }
       }
-    };
-    [&]<std::size_t... s>(std::index_sequence<s...>) __attribute__((always_inline)) {
-      (touch.template operator()<s>(), ...);
-    }(std::make_index_sequence<shape.count>{});
+    }
   }
   sink = read[0];  // so that reads are not left out
 }
@@ -106,7 +120,7 @@ int bound_pass(const bound_stream* streams, int count, std::int64_t elements, in
   if (compiled == kCompiled.end()) return 0;
   const Pass run = compiled->passes[variant / 2];
   const std::int64_t part =
-      variant % 2 == 0 ? kChunk : (elements / kUnit + threads - 1) / threads * kUnit;
+      variant % 2 == 0 ? kChunk : (elements / 32 + threads - 1) / threads * 32;
   char* data[kMaxStreams];
   for (int s = 0; s < count; ++s) data[s] = static_cast<char*>(streams[s].data);
   const std::uint32_t zero = runtime_zero;

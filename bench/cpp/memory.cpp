@@ -10,7 +10,7 @@ namespace {
 
 using adamax::DType;
 
-// Bits of a value in a dtype; float16 from a table of what is needed, being without a C++ type.
+// A value as a dtype stores it; the 16-bit types cut off instead of rounding.
 template <class T>
 T converted(DType dtype, double value);
 template <>
@@ -26,7 +26,7 @@ std::uint16_t converted<std::uint16_t>(DType dtype, double value) {
   const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
   if (dtype == DType::kBFloat16) return static_cast<std::uint16_t>(bits >> 16);
   if ((bits & 0x7fffffff) == 0) return static_cast<std::uint16_t>(bits >> 16);
-  // Cut off instead of rounded; only for normal float16 values.
+  // Right for the normal numbers of float16: 2^-14 and more.
   return static_cast<std::uint16_t>((bits >> 16 & 0x8000) |
                                     (((bits >> 13) - (112 << 10)) & 0x7fff));
 }

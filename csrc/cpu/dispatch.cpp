@@ -45,9 +45,10 @@ const KernelTable& select_table(std::string_view name) {
 }
 
 std::atomic<const KernelTable*>& active() {
-  const char* const forced = std::getenv("ADAMAX_EXT_ISA");
-  static std::atomic<const KernelTable*> table =
-      &select_table(forced == nullptr || *forced == '\0' ? "auto" : forced);
+  static std::atomic<const KernelTable*> table = [] {
+    const char* const forced = std::getenv("ADAMAX_EXT_ISA");
+    return &select_table(forced == nullptr || *forced == '\0' ? "auto" : forced);
+  }();
   return table;
 }
 

@@ -140,6 +140,11 @@ void set_num_threads(int n);
 int get_num_threads();
 
 std::string_view dtype_name(DType dtype);
+// Bytes of an element in memory.
+constexpr std::size_t itemsize(DType dtype) {
+  constexpr std::size_t kSizes[] = {4, 8, 2, 2};
+  return kSizes[static_cast<int>(dtype)];
+}
 DType compute_dtype(DType dtype);
 bool is_supported(DTypePair pair);
 

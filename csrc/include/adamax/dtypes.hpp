@@ -3,7 +3,6 @@
 // Plain data only: kernel units include this file under their own instruction-set flags.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace adamax {
@@ -42,12 +41,6 @@ struct TypeOf<DType::kBFloat16> {
   using Storage = BFloat16;
   using Compute = float;
 };
-
-// Bytes of an element in memory.
-constexpr std::size_t itemsize(DType dtype) {
-  constexpr std::size_t kSizes[] = {4, 8, 2, 2};
-  return kSizes[static_cast<int>(dtype)];
-}
 
 struct DTypePair {
   DType param;
