@@ -11,6 +11,15 @@ WEIGHT_DECAY, CLIP, EMA = 0.01, 1.0, 0.99
 # library that does both in place finds the same gradients at every step, as in training.
 LOSS_SCALE = 0.5
 
+# The full step in the words of Keras, which are ours.
+FULL_OPTIONS: dict[str, Any] = {
+    "weight_decay": WEIGHT_DECAY,
+    "global_clipnorm": CLIP,
+    "loss_scale_factor": LOSS_SCALE,
+    "use_ema": True,
+    "ema_momentum": EMA,
+}
+
 Turns = dict[str, Callable[[], object]]  # what can be timed, by name
 
 

@@ -10,6 +10,7 @@ from contestants.base import (
     CLIP,
     EMA,
     EPSILON,
+    FULL_OPTIONS,
     LOSS_SCALE,
     WEIGHT_DECAY,
     Contestant,
@@ -70,17 +71,10 @@ class Keras(Contestant):
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
         import keras
 
-        full: dict[str, Any] = {
-            "weight_decay": WEIGHT_DECAY,
-            "global_clipnorm": CLIP,
-            "loss_scale_factor": LOSS_SCALE,
-            "use_ema": True,
-            "ema_momentum": EMA,
-        }
         self.keras, self.dtype, self.device = keras, work.dtype, device
         self.variables = [keras.Variable(p, dtype=work.dtype) for p in params]
         self.optimizer = keras.optimizers.Adamax(
-            rate, BETA_1, BETA_2, EPSILON, **(full if work.full else {})
+            rate, BETA_1, BETA_2, EPSILON, **(FULL_OPTIONS if work.full else {})
         )
         self.optimizer.build(self.variables)
 

@@ -9,12 +9,9 @@ import numpy as np
 from contestants.base import (
     BETA_1,
     BETA_2,
-    CLIP,
-    EMA,
     EPSILON,
-    LOSS_SCALE,
+    FULL_OPTIONS,
     RATE,
-    WEIGHT_DECAY,
     Contestant,
     Turns,
     Work,
@@ -42,15 +39,8 @@ class AdamaxExt(Contestant):
         import adamax_ext
 
         self.work, self.params = work, params
-        full: dict[str, Any] = {
-            "weight_decay": WEIGHT_DECAY,
-            "global_clipnorm": CLIP,
-            "loss_scale_factor": LOSS_SCALE,
-            "use_ema": True,
-            "ema_momentum": EMA,
-        }
         self.optimizer = adamax_ext.Adamax(
-            rate, BETA_1, BETA_2, EPSILON, **(full if work.full else {})
+            rate, BETA_1, BETA_2, EPSILON, **(FULL_OPTIONS if work.full else {})
         )
         self.optimizer.build(params)
 
