@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/host_device.hpp"
 #include "core/step_scalars.hpp"
 
 namespace adamax {
@@ -14,7 +15,8 @@ namespace adamax {
 enum class DecayRule : std::uint8_t { kNone, kDecoupled, kL2 };
 enum class EpsilonRule : std::uint8_t { kOutside, kInside };
 
-// What distinguishes one compiled loop from another: another rule, or another memory stream.
+// What distinguishes one step on a variable from another: another rule, or another memory stream.
+// The CPU compiles a loop for each; a GPU asks while it waits for memory.
 struct Rule {
   DecayRule decay;
   EpsilonRule epsilon;
@@ -38,7 +40,7 @@ struct VectorScalars {
   using T = typename V::Scalar;
   V grad_scale, mean_scale, clip_scale, clip_value, decay, one_minus_beta_1, beta_2, epsilon, rate,
       ema_momentum, one_minus_ema_momentum;
-  bool unscales, clips;
+  bool unscales, clips;  // whether these change anything; skipped otherwise
 
   VectorScalars(const StepScalars& s, double clip)
       : grad_scale(static_cast<T>(s.grad_scale)),
@@ -62,11 +64,11 @@ template <class T>
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 
 // `h` is the gradient after unscaling and averaging over micro-batches.
-template <Rule rule, class V>
-[[gnu::always_inline]] inline void update(V& w, V h, V& m, V& u, const VectorScalars<V>& s) {
+template <class V>
+ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, Rule rule, const VectorScalars<V>& s) {
   if (s.clips) h = clamp(h * s.clip_scale, s.clip_value);
-  if constexpr (rule.decay == DecayRule::kDecoupled) w = w - w * s.decay;
-  if constexpr (rule.decay == DecayRule::kL2) h = h + w * s.decay;
+  if (rule.decay == DecayRule::kDecoupled) w = w - w * s.decay;
+  if (rule.decay == DecayRule::kL2) h = h + w * s.decay;
 
   const V tiny(kTiny<typename V::Scalar>);
   const V magnitude = rule.epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
@@ -79,8 +81,8 @@ template <Rule rule, class V>
 
 // The exponential moving average of the weights; `overwrite` in a loop stores it over them.
 template <class V>
-[[gnu::always_inline]] inline void update_average(V& average, V w, AverageMode mode,
-                                                  const VectorScalars<V>& s) {
+ADAMAX_HOST_DEVICE void update_average(V& average, V w, AverageMode mode,
+                                       const VectorScalars<V>& s) {
   if (mode == AverageMode::kStart) average = w;
   if (mode == AverageMode::kRunning) {
     average = average * s.ema_momentum + w * s.one_minus_ema_momentum;

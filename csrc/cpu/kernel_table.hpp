@@ -7,6 +7,7 @@
 
 #include "adamax/dtypes.hpp"
 #include "core/step_scalars.hpp"
+#include "core/sum_shape.hpp"
 #include "core/update_rule.hpp"
 
 namespace adamax::cpu {
@@ -21,10 +22,6 @@ struct Streams {
   void* average;
   void* accumulator;
 };
-
-// The fixed shape of a sum of squares: element e of a block goes to lane e mod kLanes.
-constexpr std::int64_t kBlock = 4096;
-constexpr int kLanes = 16;
 
 // Each works on elements [begin, end). `clip` is the variable's clip-by-norm coefficient.
 using UpdateKernel = void (*)(const Streams&, std::int64_t begin, std::int64_t end,

@@ -95,7 +95,7 @@ void update_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
       h = (memory.template load<V>(accumulator + i) + h) * s.mean_scale;
       memory.store(V(T(0)), accumulator + i);
     }
-    update<rule>(w, h, m, u, s);
+    update(w, h, m, u, rule, s);
     memory.store(m, momentum + i);
     memory.store(u, norm + i);
     if constexpr (rule.average) {
@@ -140,14 +140,6 @@ void average_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
     memory.store(average, averages + i);
     if (scalars.overwrite) memory.store(average, param + i);
   });
-}
-
-// The last step of a block's sum: lanes fold by halves.
-inline double fold_lanes(double* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane] + lanes[lane + half];
-  }
-  return lanes[0];
 }
 
 template <DType grad_dtype>

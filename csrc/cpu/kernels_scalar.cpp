@@ -1,12 +1,15 @@
 // The kernels with one element at a time, for any processor.
 #include <utility>
 
+#include "core/vec_scalar.hpp"
 #include "cpu/kernel_table.hpp"
-#include "cpu/vec_scalar.hpp"
 
 namespace adamax::cpu::scalar {
 namespace {
+using adamax::scalar::F32;
+using adamax::scalar::F64;
+using adamax::scalar::widen;
 #include "cpu/kernels.inl"
-}
+}  // namespace
 constexpr KernelTable kTable = make_table("scalar");
 }  // namespace adamax::cpu::scalar

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+
+#include "core/clip_norm.hpp"
 
 namespace adamax::cpu {
 
@@ -16,10 +17,7 @@ double fold_blocks(std::span<double> sums) {
       const std::size_t begin = block * kBlock, end = std::min(begin + kBlock, sums.size());
       double lanes[kLanes] = {};
       for (std::size_t e = begin; e < end; ++e) lanes[(e - begin) % kLanes] += sums[e];
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-      }
-      sums[block] = lanes[0];
+      sums[block] = fold_lanes(lanes);
     }
     sums = sums.first(blocks);
   }
@@ -30,18 +28,15 @@ void clip_coefficients(const Hyperparameters& h, std::span<const Variable> varia
                        std::span<const double> sums_of_squares, std::span<double> coefficients) {
   if (h.clipnorm) {
     for (std::size_t i = 0; i < variables.size(); ++i) {
-      const double norm = std::sqrt(sums_of_squares[i]);
-      coefficients[i] = *h.clipnorm / (norm > *h.clipnorm || norm != norm ? norm : *h.clipnorm);
+      coefficients[i] = clip_by_norm(*h.clipnorm, sums_of_squares[i]);
     }
   } else if (h.global_clipnorm) {
     double total = 0.0;
     for (std::size_t i = 0; i < variables.size(); ++i) {
       if (variables[i].grad != nullptr) total += sums_of_squares[i];
     }
-    const double norm = std::sqrt(total);
-    const double c = std::isfinite(norm) ? std::min(*h.global_clipnorm / norm, 1.0)
-                                         : std::numeric_limits<double>::quiet_NaN();
-    std::fill(coefficients.begin(), coefficients.end(), c);
+    std::fill(coefficients.begin(), coefficients.end(),
+              clip_by_global_norm(*h.global_clipnorm, total));
   }
 }
 

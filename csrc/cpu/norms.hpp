@@ -5,11 +5,9 @@
 #include <span>
 
 #include "adamax/adamax.hpp"
-#include "cpu/kernel_table.hpp"
+#include "core/sum_shape.hpp"
 
 namespace adamax::cpu {
-
-constexpr std::int64_t num_blocks(std::int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 // Reduces the sums of a variable's blocks by the scheme that made them, again, until one is left.
 // Uses `sums` as its workspace; 0 for none.

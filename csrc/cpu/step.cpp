@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "adamax/adamax.hpp"
+#include "core/step_rules.hpp"
 #include "core/step_scalars.hpp"
 #include "core/update_rule.hpp"
 #include "cpu/dispatch.hpp"
@@ -54,15 +55,6 @@ class Work {
   std::vector<std::size_t> chunk_starts_;
 };
 
-int pair_index(const Variable& variable) {
-  for (int i = 0; i < kNumPairs; ++i) {
-    if (kPairs[i].param == variable.param_dtype && kPairs[i].grad == variable.grad_dtype) return i;
-  }
-  throw std::invalid_argument("no kernel for " + std::string(dtype_name(variable.param_dtype)) +
-                              " parameters with " + std::string(dtype_name(variable.grad_dtype)) +
-                              " gradients");
-}
-
 Streams streams_of(const Variable& v) {
   return {v.param, v.grad, v.momentum, v.norm, v.average, v.accumulator};
 }
@@ -80,10 +72,10 @@ class Step {
     pairs_.reserve(variables.size());
     for (const Variable& v : variables) {
       pairs_.push_back(pair_index(v));
-      check(v);
+      require_memory(v, h, call);
       traffic_ += v.size * static_cast<std::int64_t>(4 * itemsize(compute_dtype(v.param_dtype)));
     }
-    if (clips_by_norm() || call.require_finite) {
+    if (clips_by_norm(hyperparameters_, call_) || call.require_finite) {
       first_block_.reserve(variables.size());
       std::int64_t blocks = 0;
       for (const Variable& v : variables) {
@@ -108,10 +100,11 @@ class Step {
         team.barrier();
         if (!is_finite_) return;
       }
-      if (clips_by_norm()) {
+      if (clips_by_norm(hyperparameters_, call_)) {
         // One pass serves both, where both look at the same numbers.
-        if (!call_.require_finite || averages_micro_batches() || scalars_.grad_scale > 1.0) {
-          sum_squares(team, norm_next_, scalars_, averages_micro_batches());
+        if (!call_.require_finite || averages_micro_batches(hyperparameters_) ||
+            scalars_.grad_scale > 1.0) {
+          sum_squares(team, norm_next_, scalars_, averages_micro_batches(hyperparameters_));
         }
         if (team.is_first()) {
           clip_coefficients(hyperparameters_, variables_, sums_of_squares_, clips_);
@@ -126,24 +119,6 @@ class Step {
   }
 
  private:
-  bool averages_micro_batches() const { return hyperparameters_.gradient_accumulation_steps > 1; }
-  bool clips_by_norm() const {
-    return !call_.accumulate_only &&
-           (hyperparameters_.clipnorm || hyperparameters_.global_clipnorm);
-  }
-
-  void check(const Variable& v) const {
-    const auto require = [&v](bool valid, const char* what) {
-      if (!valid && v.size > 0) throw std::invalid_argument(what);
-    };
-    require(v.param != nullptr && v.momentum != nullptr && v.norm != nullptr,
-            "a variable must have memory for param, momentum and norm");
-    require(v.accumulator != nullptr || !(averages_micro_batches() || call_.accumulate_only),
-            "a variable must have an accumulator when gradients are accumulated");
-    require(v.average != nullptr || !call_.overwrite,
-            "a variable must have an average to be overwritten with it");
-  }
-
   // Fills sums_of_squares_; every thread of the team calls this.
   void sum_squares(const Team& team, std::atomic<std::int64_t>& next, const StepScalars& scalars,
                    bool averaged) {
@@ -185,20 +160,11 @@ class Step {
                                                           scalars_);
       }
     } else if (v.grad != nullptr) {
-      const Rule rule{decay_rule(v),
-                      hyperparameters_.epsilon_mode == EpsilonMode::kInside ? EpsilonRule::kInside
-                                                                            : EpsilonRule::kOutside,
-                      v.average != nullptr, averages_micro_batches()};
-      table_.update[pairs_[piece.variable]][index_of(rule)](
+      table_.update[pairs_[piece.variable]][index_of(rule_of(v, hyperparameters_))](
           streams, piece.begin, piece.end, scalars_, clips_.empty() ? 1.0 : clips_[piece.variable]);
     } else if (v.average != nullptr) {
       table_.average[static_cast<int>(v.param_dtype)](streams, piece.begin, piece.end, scalars_);
     }
-  }
-
-  DecayRule decay_rule(const Variable& v) const {
-    if (hyperparameters_.weight_decay == 0 || !v.decays) return DecayRule::kNone;
-    return hyperparameters_.decay == Decay::kL2 ? DecayRule::kL2 : DecayRule::kDecoupled;
   }
 
   const KernelTable& table_ = active_table();
@@ -245,7 +211,7 @@ double global_norm(std::span<const ConstBuffer> buffers) {
   std::int64_t blocks = 0, bytes = 0;
   for (const ConstBuffer& buffer : buffers) {
     first_block.push_back(blocks);
-    blocks += cpu::num_blocks(buffer.size);
+    blocks += num_blocks(buffer.size);
     bytes += buffer.size * static_cast<std::int64_t>(itemsize(buffer.dtype));
   }
   std::vector<double> sums(blocks);
@@ -258,14 +224,13 @@ double global_norm(std::span<const ConstBuffer> buffers) {
         const cpu::Streams streams{nullptr, buffer.data, nullptr, nullptr, nullptr, nullptr};
         table.squares[static_cast<int>(buffer.dtype)](
             streams, piece.begin, piece.end, StepScalars{},
-            &sums[first_block[piece.variable] + piece.begin / cpu::kBlock]);
+            &sums[first_block[piece.variable] + piece.begin / kBlock]);
       }
     });
   });
   double total = 0.0;
   for (std::size_t i = 0; i < buffers.size(); ++i) {
-    total +=
-        cpu::fold_blocks(std::span(sums).subspan(first_block[i], cpu::num_blocks(buffers[i].size)));
+    total += cpu::fold_blocks(std::span(sums).subspan(first_block[i], num_blocks(buffers[i].size)));
   }
   return std::sqrt(total);
 }

@@ -1,0 +1,122 @@
+// Vectors of one element, in plain C++: the words of the formula for any processor and GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "adamax/dtypes.hpp"
+#include "core/host_device.hpp"
+
+namespace adamax::scalar {
+namespace {
+
+template <class To, class From>
+ADAMAX_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+ADAMAX_HOST_DEVICE float to_float(BFloat16 x) {
+  return bit_cast<float>(std::uint32_t{x.bits} << 16);
+}
+
+ADAMAX_HOST_DEVICE BFloat16 to_bfloat16(float x) {
+  const auto bits = bit_cast<std::uint32_t>(x);
+  if (x != x) return {static_cast<std::uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+ADAMAX_HOST_DEVICE float to_float(Float16 x) {
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
+  const std::uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | (magnitude << 13));
+  if (magnitude >= 0x0400) return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f;
+  return bit_cast<float>(sign | bit_cast<std::uint32_t>(subnormal));
+}
+
+ADAMAX_HOST_DEVICE Float16 to_float16(float x) {
+  const auto bits = bit_cast<std::uint32_t>(x);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  } else if (magnitude >= 0x47800000u) {  // 2^16 and more, infinity too
+    half = 0x7c00u;
+  } else if (magnitude >=
+             0x38800000u) {  // 2^-14: normal; the carry may reach infinity, as it should
+    half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {  // adding 0.5 leaves the rounded subnormal in the low bits of the sum
+    half = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  return {static_cast<std::uint16_t>(sign | half)};
+}
+
+// From memory to the compute type, and back with one rounding.
+ADAMAX_HOST_DEVICE float to_compute(float x) { return x; }
+ADAMAX_HOST_DEVICE double to_compute(double x) { return x; }
+ADAMAX_HOST_DEVICE float to_compute(Float16 x) { return to_float(x); }
+ADAMAX_HOST_DEVICE float to_compute(BFloat16 x) { return to_float(x); }
+ADAMAX_HOST_DEVICE void to_storage(float x, float& stored) { stored = x; }
+ADAMAX_HOST_DEVICE void to_storage(double x, double& stored) { stored = x; }
+ADAMAX_HOST_DEVICE void to_storage(float x, Float16& stored) { stored = to_float16(x); }
+ADAMAX_HOST_DEVICE void to_storage(float x, BFloat16& stored) { stored = to_bfloat16(x); }
+
+template <class T>
+struct Vec {
+  using Scalar = T;
+  static constexpr int kLanes = 1;
+  T v;
+
+  Vec() = default;
+  ADAMAX_HOST_DEVICE explicit Vec(T value) : v(value) {}
+
+  // memcpy: the address may have any alignment.
+  template <class S>
+  ADAMAX_HOST_DEVICE static Vec load(const S* p) {
+    S stored;
+    __builtin_memcpy(&stored, p, sizeof(S));
+    return Vec(to_compute(stored));
+  }
+  template <class S>
+  ADAMAX_HOST_DEVICE void store(S* p) const {
+    S stored;
+    to_storage(v, stored);
+    __builtin_memcpy(p, &stored, sizeof(S));
+  }
+
+  // The value as a store to that type and a load would give it back.
+  template <class S>
+  ADAMAX_HOST_DEVICE Vec rounded_to(const S*) const {
+    S stored;
+    to_storage(v, stored);
+    return Vec(to_compute(stored));
+  }
+
+  friend ADAMAX_HOST_DEVICE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend ADAMAX_HOST_DEVICE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend ADAMAX_HOST_DEVICE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend ADAMAX_HOST_DEVICE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend ADAMAX_HOST_DEVICE Vec abs(Vec a) { return Vec(std::fabs(a.v)); }
+  friend ADAMAX_HOST_DEVICE Vec maximum(Vec a, Vec b) {
+    return Vec(a.v > b.v || a.v != a.v ? a.v : b.v);
+  }
+  friend ADAMAX_HOST_DEVICE Vec clamp(Vec a, Vec limit) {
+    return Vec(a.v < -limit.v ? -limit.v : a.v > limit.v ? limit.v : a.v);
+  }
+  friend ADAMAX_HOST_DEVICE Vec zero_below(Vec a, Vec tiny) {
+    return abs(a).v < tiny.v ? Vec(T(0)) : a;
+  }
+};
+
+using F32 = Vec<float>;
+using F64 = Vec<double>;
+
+ADAMAX_HOST_DEVICE void widen(F32 a, F64* wide) { wide[0] = F64(static_cast<double>(a.v)); }
+ADAMAX_HOST_DEVICE void widen(F64 a, F64* wide) { wide[0] = a; }
+
+}  // namespace
+}  // namespace adamax::scalar
