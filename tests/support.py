@@ -96,7 +96,7 @@ def spread(rng, size, dtype, low=-6.0, high=2.0):
 
 def memory_order(array):
     """Return the elements in the order in which they lie in memory, as one axis."""
-    return array.ravel(order="K")
+    return getattr(array, "host", array).ravel(order="K")  # `host`: of an emulated device
 
 
 @functools.cache

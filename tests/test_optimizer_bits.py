@@ -96,11 +96,13 @@ def rates_of_both(kind):
     return schedule, program
 
 
-def check_run(settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, excluded=()):
+def check_run(
+    settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, excluded=(), place=lambda a: a
+):
     """Drive both optimizers with the same gradients; compare everything after every call.
 
     `skipped` holds (call, index of a variable) without a gradient; `excluded` names of variables
-    without weight decay.
+    without weight decay. `place` makes what our optimizer gets of a NumPy array with that memory.
     """
     rng = np.random.default_rng(7)
     settings = {**PLAIN, **settings}
@@ -115,8 +117,9 @@ def check_run(settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, 
     theirs = MixedReference(**settings | {"learning_rate": their_rate}, excluded=indices)
     if excluded:  # the first by its memory, the others by name
         patterns = [f"^{re.escape(name)}$" for name in excluded[1:]]
-        ours.exclude_from_weight_decay([weights[indices[0]]], patterns)
-    ours.build(weights, names)
+        ours.exclude_from_weight_decay([place(weights[indices[0]])], patterns)
+    placed = [place(w) for w in weights]
+    ours.build(placed, names)
     theirs.build(weights)
     for call in range(calls):
         grads = [
@@ -125,12 +128,13 @@ def check_run(settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, 
             else np.array(spread(rng, shape, dtype_of(grad)), order=order)
             for i, (_, _, grad, shape, order) in enumerate(variables)
         ]
-        pairs = [(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
+        lent = [None if g is None else place(g) for g in grads]
+        pairs = [(g, w) for g, w in zip(lent, placed, strict=True) if g is not None]
         in_order = call % 2 == 0  # else by their variables, of which some are then left out
         missing = [name for name, g in zip(names, grads, strict=True) if in_order and g is None]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            count = ours.apply(grads) if in_order else ours.apply_gradients(pairs[::-1])
+            count = ours.apply(lent) if in_order else ours.apply_gradients(pairs[::-1])
         assert count == call + 1
         assert len(caught) == bool(missing)
         assert all(name in str(w.message) for w in caught for name in missing)

@@ -93,11 +93,12 @@ REFUSALS = [
     ),
     (
         *(ROLES, ValueError, r"is on a device \(.*{}\)"),
-        {
-            "DLPack type 2, number 0": OnDevice,
-            "2, number 1": lambda a: Patched(a, {DEVICE: 2 + (1 << 32)}),
-            "": lambda a: OnCuda(),
-        },
+        {"DLPack type 10, number 1": lambda a: Patched(a, {DEVICE: 10 + (1 << 32)})},
+    ),
+    (
+        # No test has a GPU that this process could use: see test_cuda_emulated.py and test_cuda.py.
+        *(ROLES, RuntimeError, r"is on a CUDA device: .*CUDA {}"),
+        {"": OnDevice, "(kernels|driver)": lambda a: OnCuda()},
     ),
     (
         *(ROLES, BufferError, "did not export its memory: it may be closed"),

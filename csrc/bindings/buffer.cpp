@@ -1,5 +1,5 @@
-// Imports memory: NumPy arrays directly, DLPack by its C table or its method, then the buffer
-// protocol.
+// Imports memory: NumPy arrays directly, DLPack by its C table or its method, CUDA arrays, then the
+// buffer protocol.
 #include "bindings/buffer.hpp"
 
 #include <dlpack/dlpack.h>
@@ -9,6 +9,8 @@
 #include <cstring>
 #include <optional>
 #include <unordered_map>
+
+#include "bindings/gpu.hpp"
 
 namespace adamax::bindings {
 namespace {
@@ -158,6 +160,8 @@ void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t
   if (buffer.size == 0) std::fill_n(layout.strides, axes, 0);  // they mean nothing
 }
 
+}  // namespace
+
 void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
                          const py::ssize_t* strides) {
   static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
@@ -171,6 +175,17 @@ void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py:
                          "; expected memory that may be written");
 }
 
+DType dtype_of_typestr(const std::string& typestr, const Label& label) {
+  const bool is_native = typestr[0] == '|' || typestr[0] == (PY_LITTLE_ENDIAN ? '<' : '>');
+  const std::string kind = typestr.substr(1);
+  if (is_native && kind == "f4") return DType::kFloat32;
+  if (is_native && kind == "f8") return DType::kFloat64;
+  if (is_native && kind == "f2") return DType::kFloat16;
+  throw_dtype(label, "'" + typestr + "' (an array interface's typestr)");
+}
+
+namespace {
+
 void import_numpy(py::handle object, const Label& label, Access access, Buffer& buffer) {
   const auto* array = py::detail::array_proxy(object.ptr());
   if (access == Access::kWrite && !(array->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_)) {
@@ -178,6 +193,7 @@ void import_numpy(py::handle object, const Label& label, Access access, Buffer& 
   }
   buffer.dtype = numpy_dtype_of(object, label);
   buffer.data = array->data;
+  buffer.device = kHost;
   // Without the strides there is nothing to divide.
   const bool is_row_major = (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
   set_layout_of_bytes(buffer, label, array->nd, array->dimensions,
@@ -187,11 +203,19 @@ void import_numpy(py::handle object, const Label& label, Access access, Buffer& 
 // ---- DLPack
 // ----------------------------------------------------------------------------------------
 
-void require_host(const Label& label, int device_type, int device_id) {
-  if (device_type == kDLCPU || device_type == kDLCUDAHost || device_type == kDLROCMHost) return;
-  throw py::value_error(label.text() + " is on a device (DLPack type " +
-                        std::to_string(device_type) + ", number " + std::to_string(device_id) +
-                        "); expected host memory: this build computes on the CPU");
+bool is_host(DLDevice device) {
+  return device.device_type == kDLCPU || device.device_type == kDLCUDAHost ||
+         device.device_type == kDLROCMHost;
+}
+
+// Throws ValueError unless the device is a host or of CUDA.
+void require_known_device(const Label& label, DLDevice device) {
+  if (is_host(device) || device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged) {
+    return;
+  }
+  throw py::value_error(
+      label.text() + " is on a device (DLPack type " + std::to_string(device.device_type) +
+      ", number " + std::to_string(device.device_id) + "); expected host memory or a CUDA device");
 }
 
 std::string dlpack_name(DLDataType type) {
@@ -203,8 +227,16 @@ std::string dlpack_name(DLDataType type) {
   return type.lanes == 1 ? name : name + " in " + std::to_string(type.lanes) + " lanes";
 }
 
-void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer) {
-  require_host(label, tensor.device.device_type, tensor.device.device_id);
+// `stream` is where the memory is in use, on a CUDA device.
+void import_dl_tensor(const DLTensor& tensor, const Label& label, std::uintptr_t stream,
+                      Buffer& buffer) {
+  require_known_device(label, tensor.device);
+  if (is_host(tensor.device)) {
+    buffer.device = kHost;
+  } else {
+    place_on_device(buffer, label, tensor.device.device_id, stream);
+  }
+
   const DLDataType type = tensor.dtype;
   const bool is_scalar = type.lanes == 1;
   if (is_scalar && type.code == kDLFloat && type.bits == 32) {
@@ -225,7 +257,7 @@ void import_dl_tensor(const DLTensor& tensor, const Label& label, Buffer& buffer
   }
 }
 
-py::object call_dlpack(py::handle object, const Label& label) {
+py::object call_dlpack(py::handle object, const Label& label, bool on_host) {
   // Work that the library still has queued would otherwise be read half done.
   if (py::hasattr(object, "block_until_ready")) object.attr("block_until_ready")();
   py::object exporter = py::reinterpret_borrow<py::object>(object);
@@ -234,14 +266,17 @@ py::object call_dlpack(py::handle object, const Label& label) {
     exporter = object.attr("detach")();
   }
   const auto method = exporter.attr("__dlpack__");
+  // A device's exporter makes the memory ready on the stream that it is told.
+  py::dict arguments;
+  if (!on_host) arguments["stream"] = cuda::kLegacyDefaultStream;
   try {
     try {
       return method(
           py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION),
-          py::arg("copy") = false);
+          py::arg("copy") = false, **arguments);
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;
-      return method();  // an exporter from before DLPack 1.0
+      return method(**arguments);  // an exporter from before DLPack 1.0
     }
   } catch (py::error_already_set& error) {
     py::raise_from(error, PyExc_BufferError,
@@ -253,8 +288,18 @@ py::object call_dlpack(py::handle object, const Label& label) {
 void import_dlpack(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer) {
   const auto device = py::cast<std::pair<int, int>>(py::tuple(object.attr("__dlpack_device__")()));
-  require_host(label, device.first, device.second);
-  const py::object capsule = call_dlpack(object, label);
+  const DLDevice place{static_cast<DLDeviceType>(device.first), device.second};
+  require_known_device(label, place);
+  const bool on_host = is_host(place);
+  // CUDA's own interface tells the stream that the library works on, as DLPack does not.
+  if (!on_host && py::hasattr(object, "__cuda_array_interface__")) {
+    return import_cuda_array(object, label, access, buffer);
+  }
+  if (!on_host) {
+    place_on_device(buffer, label, place.device_id, 0);  // before the library does any work
+    leases.needs_synchronization = true;
+  }
+  const py::object capsule = call_dlpack(object, label, on_host);
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     auto* const managed = static_cast<DLManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
@@ -270,13 +315,13 @@ void import_dlpack(py::handle object, const Label& label, Access access, Leases&
     if (access == Access::kWrite && (managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED) != 0) {
       throw py::buffer_error(label.text() + " exported a copy; expected its own memory");
     }
-    import_dl_tensor(managed->dl_tensor, label, buffer);
+    import_dl_tensor(managed->dl_tensor, label, 0, buffer);
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     auto* const managed =
         static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     leases.keep(managed);
-    import_dl_tensor(managed->dl_tensor, label, buffer);
+    import_dl_tensor(managed->dl_tensor, label, 0, buffer);
   } else {
     throw py::buffer_error(label.text() + " returned no DLPack capsule from __dlpack__()");
   }
@@ -300,7 +345,15 @@ void import_by_table(py::handle object, const Label& label, const DLPackExchange
                    (label.text() + " did not export its memory by DLPack").c_str());
     throw py::error_already_set();
   }
-  import_dl_tensor(tensor, label, buffer);
+  void* stream = nullptr;
+  if (!is_host(tensor.device) && table.current_work_stream != nullptr &&
+      table.current_work_stream(tensor.device.device_type, tensor.device.device_id, &stream) != 0) {
+    py::error_already_set error;
+    py::raise_from(error, PyExc_BufferError,
+                   (label.text() + " did not tell its current stream").c_str());
+    throw py::error_already_set();
+  }
+  import_dl_tensor(tensor, label, reinterpret_cast<std::uintptr_t>(stream), buffer);
 }
 
 // ---- The buffer protocol
@@ -336,6 +389,7 @@ void import_view(py::handle object, const Label& label, Access access, Leases& l
   }
   buffer.dtype = *dtype;
   buffer.data = static_cast<char*>(lent.buf);
+  buffer.device = kHost;
   set_layout_of_bytes(buffer, label, lent.ndim, lent.shape, lent.strides);
 }
 
@@ -370,15 +424,15 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
     case Protocol::kDLPack:
       return import_dlpack(object, label, access, leases, buffer);
     case Protocol::kCudaArrayInterface:
-      return require_host(label, kDLCUDA, 0);
+      return import_cuda_array(object, label, access, buffer);
     case Protocol::kBufferProtocol:
       return import_view(object, label, access, leases, buffer);
     case Protocol::kNone:
       break;
   }
   throw py::type_error(label.text() + " is a " + std::string(Py_TYPE(object.ptr())->tp_name) +
-                       "; expected an object that exports memory (a NumPy array, DLPack, or the "
-                       "buffer protocol)");
+                       "; expected an object that exports memory (a NumPy array, DLPack, a CUDA "
+                       "array, or the buffer protocol)");
 }
 
 }  // namespace adamax::bindings

@@ -42,10 +42,14 @@ struct Layout {
   std::string text() const;
 };
 
+constexpr int kHost = -1;  // in place of the number of a CUDA device
+
 struct Buffer {
   char* data;
   DType dtype;
   std::int64_t size;  // elements
+  int device = kHost;
+  std::uintptr_t stream = 0;  // on which it is in use, on a device
   Layout layout;
 
   std::size_t bytes() const { return size * itemsize(dtype); }
@@ -60,6 +64,9 @@ class Leases {
   ~Leases();
   void keep(std::unique_ptr<Py_buffer> view) { views_.push_back(std::move(view)); }
   void keep(DLManagedTensor* tensor) { tensors_.push_back(tensor); }
+  // Whether a device must have finished before the end of a lease: its owner may then reuse the
+  // memory, and knows nothing of the stream.
+  bool needs_synchronization = false;
   void keep(DLManagedTensorVersioned* tensor) { versioned_tensors_.push_back(tensor); }
 
  private:
@@ -70,13 +77,23 @@ class Leases {
 
 enum class Access { kRead, kWrite };
 
-// Imports a NumPy array, a DLPack exporter or an object with the buffer protocol that lies in host
-// memory. Throws TypeError (no memory, or a dtype that is not known), BufferError (read-only,
-// closed or freed) or ValueError (another device, strides that are no whole elements).
+// Imports a NumPy array, a DLPack exporter, or an object with a CUDA array interface or the buffer
+// protocol. Throws TypeError (no memory, or a dtype that is not known), BufferError (read-only,
+// closed or freed), ValueError (another kind of device, strides that are no whole elements) or
+// RuntimeError (a CUDA device on which no kernel runs).
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer);
 
-// Throws ValueError unless `buffer` has the element count and layout of `expected`.
+// What importers of single protocols share.
+DType dtype_of_typestr(const std::string& typestr, const Label& label);
+void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
+                         const py::ssize_t* strides);
+[[noreturn]] void throw_read_only(const Label& label, const char* why);
+
+// Throws ValueError unless both buffers are in host memory, or on one device.
+void require_same_device(const Buffer& buffer, const Label& label, const Buffer& expected,
+                         const Label& expected_label);
+// Throws ValueError unless `buffer` has the device, element count and layout of `expected`.
 void require_same_layout(const Buffer& buffer, const Label& label, const Buffer& expected,
                          const Label& expected_label);
 // Throws ValueError unless the buffer covers one gapless stretch of memory.

@@ -56,8 +56,20 @@ std::string Layout::text() const {
   return "shape " + list(shape) + " with strides " + list(strides);
 }
 
+void require_same_device(const Buffer& buffer, const Label& label, const Buffer& expected,
+                         const Label& expected_label) {
+  if (buffer.device == expected.device) return;
+  const auto place = [](int device) {
+    return device == kHost ? std::string("in host memory")
+                           : "on CUDA device " + std::to_string(device);
+  };
+  throw py::value_error(label.text() + " is " + place(buffer.device) + "; expected memory " +
+                        place(expected.device) + ", where " + expected_label.text() + " is");
+}
+
 void require_same_layout(const Buffer& buffer, const Label& label, const Buffer& expected,
                          const Label& expected_label) {
+  require_same_device(buffer, label, expected, expected_label);
   if (buffer.size != expected.size) {
     throw py::value_error(label.text() + " has " + std::to_string(buffer.size) +
                           " elements; expected the " + std::to_string(expected.size) + " of " +

@@ -2,8 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
 #include "adamax/adamax.hpp"
 #include "bindings/buffer.hpp"
+#include "bindings/gpu.hpp"
 #include "bindings/overlap.hpp"
 #include "bindings/plan.hpp"
 #include "cpu/cpu_limit.hpp"
@@ -61,27 +66,74 @@ void update(const py::object& param, const py::object& grad, const py::object& m
 
   const Variable variable{buffers[0].dtype, gradient.dtype, buffers[0].size, buffers[0].data,
                           gradient.data,    data[0],        data[1],         data[2]};
+  const int device = buffers[0].device;
+  if (device == kHost) {
+    const py::gil_scoped_release release;
+    adamax::step({&variable, 1}, h, call);
+    return;
+  }
+  Streams streams;
+  for (const Buffer& buffer : buffers) streams.add(buffer);
+  const cuda::Queue queue = streams.queue(device);
+  const cuda::Api& api = cuda_api();
+  const std::unique_ptr<cuda::Workspace> workspace(api.make_workspace(device));
   const py::gil_scoped_release release;
-  adamax::step({&variable, 1}, h, call);
+  api.step(queue, *workspace, {&variable, 1}, h, call);
+  if (leases.needs_synchronization) api.synchronize(queue);
 }
 
 double norm_of_buffers(const py::iterable& buffers) {
   Leases leases;
   const py::list objects(buffers);  // holds them while the GIL is released
   std::vector<ConstBuffer> imported;
-  Buffer buffer;
+  Streams streams;
+  Buffer buffer, first;
   for (std::size_t i = 0; i < objects.size(); ++i) {
     const Label label{"buffers", static_cast<py::ssize_t>(i)};
     import_buffer(py::object(objects[i]), label, Access::kRead, leases, buffer);
     require_dense(buffer, label);
+    if (i == 0) first = buffer;
+    require_same_device(buffer, label, first, {"buffers", 0});
+    streams.add(buffer);
     imported.push_back({buffer.dtype, buffer.size, buffer.data});
   }
+  if (imported.empty() || first.device == kHost) {
+    const py::gil_scoped_release release;
+    return global_norm(imported);
+  }
+  const cuda::Api& api = cuda_api();
+  const std::unique_ptr<cuda::Workspace> workspace(api.make_workspace(first.device));
   const py::gil_scoped_release release;
-  return global_norm(imported);
+  return api.global_norm(streams.queue(first.device), *workspace, imported);
 }
 
-// Shape and strides (in elements) as they are, dtype of the memory, dtype of the state, and the
-// address.
+// Copies all elements between host and device memory, or within one of them.
+void copy(const py::object& to, const py::object& from) {
+  Leases leases;
+  Buffer target, source;
+  const Label labels[2] = {{"to"}, {"from"}};
+  import_buffer(to, labels[0], Access::kWrite, leases, target);
+  import_buffer(from, labels[1], Access::kRead, leases, source);
+  if (target.dtype != source.dtype) {
+    throw py::type_error("from has dtype " + std::string(dtype_name(source.dtype)) +
+                         "; expected the " + std::string(dtype_name(target.dtype)) + " of to");
+  }
+  Streams streams;
+  streams.add(target);
+  streams.add(source);
+  const int device = std::max(target.device, source.device);
+  source.device = target.device;  // the one thing in which they may differ
+  require_same_layout(source, labels[1], target, labels[0]);
+  if (device == kHost) {
+    std::memmove(target.data, source.data, target.bytes());
+  } else {
+    const py::gil_scoped_release release;
+    cuda_api().copy(streams.queue(device), target.data, source.data, target.bytes());
+  }
+}
+
+// Shape and strides (in elements) as they are, dtype of the state, address, bytes, and the device
+// (-1 for the host).
 py::tuple describe(const py::object& object, const std::string& role, py::ssize_t index) {
   Leases leases;
   Buffer buffer;
@@ -95,7 +147,8 @@ py::tuple describe(const py::object& object, const std::string& role, py::ssize_
   };
   return py::make_tuple(list(buffer.layout.shape), list(buffer.layout.strides),
                         std::string(dtype_name(compute_dtype(buffer.dtype))),
-                        reinterpret_cast<std::uintptr_t>(buffer.data), buffer.bytes());
+                        reinterpret_cast<std::uintptr_t>(buffer.data), buffer.bytes(),
+                        buffer.device);
 }
 
 Hyperparameters hyperparameters_from(double learning_rate, double beta_1, double beta_2,
@@ -126,7 +179,7 @@ py::dict build_info() {
   info["isas_built"] = py::str(ADAMAX_EXT_ISAS).attr("split")(",");
   info["isa_active"] = active_isa();
   info["openmp"] = py::bool_(ADAMAX_EXT_HAS_OPENMP);
-  info["cuda_architectures"] = py::list();
+  info["cuda_architectures"] = py::str(ADAMAX_EXT_CUDA_ARCHITECTURES).attr("split")();
   return info;
 }
 
@@ -182,6 +235,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("epsilon"), py::arg("weight_decay"), py::arg("l2_decay"), py::arg("epsilon_inside"),
         py::arg("grad_scale"), py::arg("clipvalue"), py::arg("average"), py::arg("ema_momentum"));
   m.def("global_norm", &norm_of_buffers, py::arg("buffers"));
+  m.def("copy", &copy, py::arg("to"), py::arg("from_"));
   m.def("describe", &describe, py::arg("buffer"), py::arg("role"), py::arg("index"));
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);

@@ -23,6 +23,7 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
     Buffer& param = entry.buffer;
     import_buffer(entry.param, label("variables", i), Access::kWrite, leases, param);
     require_dense(param, label("variables", i));
+    require_same_device(param, label("variables", i), entries_[0].buffer, label("variables", 0));
     index_by_identity_.emplace(entry.param.ptr(), i);
 
     const auto item = [i](const py::object& list) {
@@ -42,6 +43,8 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
                       data[0],     data[1],     data[2],    data[3],    decays.at(i)};
   }
   find_written_memory();
+  if (!entries_.empty()) device_ = entries_[0].buffer.device;
+  if (device_ != kHost) workspace_.reset(cuda_api().make_workspace(device_));
 }
 
 void Plan::find_written_memory() {
@@ -61,7 +64,7 @@ void Plan::find_written_memory() {
 }
 
 // A parameter may have moved (a tensor that was given new data) or been closed since the last step.
-void Plan::refresh_parameters(Leases& leases) {
+void Plan::refresh_parameters(Leases& leases, Streams& streams) {
   Buffer now;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
@@ -74,6 +77,7 @@ void Plan::refresh_parameters(Leases& leases) {
     }
     require_same_layout(now, label("variables", i), planned,
                         {"the variable at build", -1, nullptr});
+    streams.add(now);
     if (now.data == planned.data) continue;
     written_is_current_ = false;  // also if a later variable is refused
     entry.buffer.data = now.data;
@@ -132,13 +136,14 @@ std::vector<py::object> Plan::gradients_by_variable(const py::sequence& grads,
   return ordered;
 }
 
-void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases) {
+void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases, Streams& streams) {
   Entry& entry = entries_[i];
   Buffer buffer;
   import_buffer(grad, label("grads", i), Access::kRead, leases, buffer);
   require_pair(entry.buffer.dtype, buffer.dtype, label("variables", i), label("grads", i));
   require_same_layout(buffer, label("grads", i), entry.buffer, label("variables", i));
   written_.require_readable(buffer, label("grads", i), entry.buffer, entry.gradient_place);
+  streams.add(buffer);
   variables_[i].grad_dtype = buffer.dtype;
   // An empty array may have a null pointer, which would stand for a skipped variable; with no
   // elements it makes no difference.
@@ -148,7 +153,8 @@ void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases) {
 bool Plan::step(const py::sequence& grads, const py::object& variables,
                 const Hyperparameters& hyperparameters, const Call& call) {
   Leases leases;
-  refresh_parameters(leases);
+  Streams streams;
+  refresh_parameters(leases, streams);
   const std::vector<py::object> gradients = gradients_by_variable(grads, variables, leases);
   variables_.clear();
   std::string skipped;
@@ -161,7 +167,7 @@ bool Plan::step(const py::sequence& grads, const py::object& variables,
       skipped += (skipped.empty() ? "'" : ", '") + entries_[i].name + "'";
       continue;
     }
-    import_gradient(i, grad, leases);
+    import_gradient(i, grad, leases, streams);
     has_gradient = true;
   }
   if (!has_gradient) {
@@ -176,7 +182,13 @@ bool Plan::step(const py::sequence& grads, const py::object& variables,
   bool applied;
   {
     const py::gil_scoped_release release;
-    applied = adamax::step(variables_, hyperparameters, call);
+    if (device_ == kHost) {
+      applied = adamax::step(variables_, hyperparameters, call);
+    } else {
+      const cuda::Queue queue = streams.queue(device_);
+      applied = cuda_api().step(queue, *workspace_, variables_, hyperparameters, call);
+      if (leases.needs_synchronization) cuda_api().synchronize(queue);
+    }
   }
   // Here, and not in Python, where an interrupt could come between the step and its count.
   calls += applied;
@@ -185,7 +197,8 @@ bool Plan::step(const py::sequence& grads, const py::object& variables,
 
 void Plan::overwrite(const py::object& variables) {
   Leases leases;
-  refresh_parameters(leases);
+  Streams streams;
+  refresh_parameters(leases, streams);
   std::vector<Variable> chosen;
   if (variables.is_none()) {
     for (const Entry& entry : entries_) chosen.push_back(entry.variable);
@@ -196,7 +209,11 @@ void Plan::overwrite(const py::object& variables) {
     }
   }
   const py::gil_scoped_release release;
-  adamax::overwrite_with_averages(chosen);
+  if (device_ == kHost) {
+    adamax::overwrite_with_averages(chosen);
+  } else {
+    cuda_api().overwrite_with_averages(streams.queue(device_), chosen);
+  }
 }
 
 }  // namespace adamax::bindings

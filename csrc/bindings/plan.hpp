@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -10,6 +11,7 @@
 
 #include "adamax/adamax.hpp"
 #include "bindings/buffer.hpp"
+#include "bindings/gpu.hpp"
 #include "bindings/overlap.hpp"
 
 namespace adamax::bindings {
@@ -44,18 +46,20 @@ class Plan {
   Label label(std::string_view role, std::size_t i) const {
     return {role, static_cast<py::ssize_t>(i), &entries_[i].name};
   }
-  void refresh_parameters(Leases& leases);
+  void refresh_parameters(Leases& leases, Streams& streams);
   void find_written_memory();
   std::size_t index_of(py::handle variable, std::size_t position, Leases& leases);
   std::vector<py::object> gradients_by_variable(const py::sequence& grads,
                                                 const py::object& variables, Leases& leases);
-  void import_gradient(std::size_t i, py::handle grad, Leases& leases);
+  void import_gradient(std::size_t i, py::handle grad, Leases& leases, Streams& streams);
 
   std::vector<Entry> entries_;
   std::unordered_map<PyObject*, std::size_t> index_by_identity_;
   WrittenMemory written_;
   bool written_is_current_ = false;
-  std::vector<Variable> variables_;  // of the present call
+  std::vector<Variable> variables_;             // of the present call
+  int device_ = kHost;                          // of all variables
+  std::unique_ptr<cuda::Workspace> workspace_;  // on that device
 };
 
 }  // namespace adamax::bindings

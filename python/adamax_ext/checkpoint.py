@@ -11,6 +11,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from adamax_ext import arrays
+
 FORMAT_VERSION = 1
 _HEADER = "adamax_ext"
 
@@ -26,8 +28,8 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     """
     tensors = {
         f"{name}/{kind}": array
-        for name, arrays in state_dict["state"].items()
-        for kind, array in arrays.items()
+        for name, kinds in state_dict["state"].items()
+        for kind, array in kinds.items()
     }
     header = {key: value for key, value in state_dict.items() if key != "state"}
     target = Path(os.path.realpath(path))  # a symbolic link stays one
@@ -102,17 +104,17 @@ def require_like(state: Any, expected: State) -> None:
         raise ValueError(
             f"state must have the built variables; missing {missing}, unknown {unknown}"
         )
-    for name, arrays in expected.items():
-        if set(state[name]) != set(arrays):
+    for name, kinds in expected.items():
+        if set(state[name]) != set(kinds):
             raise ValueError(
-                f"state of '{name}' must have {sorted(arrays)}; received {sorted(state[name])}"
+                f"state of '{name}' must have {sorted(kinds)}; received {sorted(state[name])}"
             )
-        for kind, array in arrays.items():
-            received = state[name][kind]
+        for kind, array in kinds.items():
+            received, wanted = state[name][kind], arrays.shape_and_dtype(array)
             shape, dtype = np.shape(received), getattr(received, "dtype", None)
-            if shape != array.shape or dtype != array.dtype:
+            if (shape, dtype) != wanted:
                 raise ValueError(
-                    f"{kind} of '{name}' must have shape {array.shape} and dtype {array.dtype}; "
+                    f"{kind} of '{name}' must have shape {wanted[0]} and dtype {wanted[1]}; "
                     f"received shape {shape} and dtype {dtype}"
                 )
 
@@ -123,14 +125,15 @@ def converted(weights: list[np.ndarray[Any, Any]], expected: list[Any]) -> list[
         raise ValueError(f"weights must have {len(expected)} arrays; received {len(weights)}")
     result = []
     for i, (weight, array) in enumerate(zip(weights, expected, strict=True)):
+        shape, dtype = arrays.shape_and_dtype(array)
         try:
-            if weight.shape != array.shape:
+            if weight.shape != shape:
                 raise TypeError("another shape")
             with np.errstate(over="raise"):
-                result.append(weight.astype(array.dtype, casting="same_kind"))
+                result.append(weight.astype(dtype, casting="same_kind"))
         except (TypeError, FloatingPointError) as error:
             raise ValueError(
-                f"weights[{i}] must have shape {array.shape} and a dtype like {array.dtype}; "
+                f"weights[{i}] must have shape {shape} and a dtype like {dtype}; "
                 f"received shape {weight.shape} and dtype {weight.dtype} ({error})"
             ) from error
     return result

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from adamax_ext import _settings, checkpoint
+from adamax_ext.arrays import Array
 from adamax_ext.locking import exclusive
 from adamax_ext.optimizer import Adamax
 from adamax_ext.rates import Rate
 from adamax_ext.saving import Saveable
-from adamax_ext.state import Array
 
 # The scale does not leave this range by itself: it and its reciprocal stay normal float32 numbers,
 # as which Keras stores it.

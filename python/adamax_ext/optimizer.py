@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from adamax_ext import _core, _settings, checkpoint, rates
+from adamax_ext import _core, _settings, arrays, checkpoint, rates
+from adamax_ext.arrays import Array
 from adamax_ext.locking import exclusive
 from adamax_ext.saving import Saveable
-from adamax_ext.state import Array, State
+from adamax_ext.state import State
 from adamax_ext.weight_decay import Exclusion
 
 
@@ -375,8 +376,8 @@ class Adamax(Saveable):
             else None,
             "excluded_from_weight_decay": [name for name, decays in pairs if not decays],
             "state": {
-                name: {kind: array.copy() for kind, array in arrays.items()}
-                for name, arrays in self.state.items()
+                name: {kind: arrays.to_host(array) for kind, array in kinds.items()}
+                for name, kinds in self.state.items()
             },
         }
 
@@ -404,15 +405,16 @@ class Adamax(Saveable):
         plan = state.plan()
         plan.calls = calls
         pairs = [
-            (array, np.array(loaded[name][kind]))  # a copy: it may share memory with other state
-            for name, arrays in own.items()
-            for kind, array in arrays.items()
+            # A copy: it may share memory with other state.
+            (array, arrays.to_host(loaded[name][kind]))
+            for name, kinds in own.items()
+            for kind, array in kinds.items()
         ]
 
         def commit() -> None:
             self._learning_rate, self._state, self._plan = rate, state, plan
             for array, received in pairs:
-                array[...] = received
+                arrays.assign(array, received)
 
         return commit
 
@@ -430,7 +432,7 @@ class Adamax(Saveable):
             assert self._plan is not None
             self._plan.calls, self._learning_rate = calls, rate
             for array, weight in zip(own, weights, strict=True):
-                array[...] = weight
+                arrays.assign(array, weight)
 
         return commit
 

@@ -4,9 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
-import numpy as np
-
-from adamax_ext import checkpoint
+from adamax_ext import arrays, checkpoint
 from adamax_ext.locking import Exclusive, exclusive
 
 
@@ -20,7 +18,7 @@ class Saveable(Exclusive, ABC):
 
     @property
     @abstractmethod
-    def variables(self) -> list[np.ndarray[Any, Any]]:
+    def variables(self) -> list[arrays.Array]:
         """State in Keras' order."""
 
     @abstractmethod
@@ -32,7 +30,7 @@ class Saveable(Exclusive, ABC):
         """Check what another `_state_dict` returned; the result loads it, without failing."""
 
     @abstractmethod
-    def prepare_variables(self, weights: list[np.ndarray[Any, Any]]) -> Callable[[], None]:
+    def prepare_variables(self, weights: list[arrays.HostArray]) -> Callable[[], None]:
         """Check arrays in the order of `variables`; the result loads them, without failing."""
 
     def _require_built(self) -> None:
@@ -42,6 +40,8 @@ class Saveable(Exclusive, ABC):
     @exclusive
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that training changes, and what has no weight decay.
+
+        Arrays are NumPy's, wherever the state lies: it can continue on the CPU or on a GPU.
 
         Raises
         ------
@@ -105,13 +105,13 @@ class Saveable(Exclusive, ABC):
             then.
         """
         self._require_built()
-        self.prepare_variables([np.array(weight) for weight in weights])()
+        self.prepare_variables([arrays.to_host(weight) for weight in weights])()
 
     @exclusive
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write `variables` into `store` as "0", "1", ..., the layout of Keras."""
         for i, array in enumerate(self.variables):
-            store[str(i)] = array.copy()
+            store[str(i)] = arrays.to_host(array)
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Read what `save_own_variables` of this class, or of its Keras counterpart, wrote.

@@ -1,14 +1,10 @@
 """The arrays that an optimizer keeps for its variables."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-
-from adamax_ext import _core
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from adamax_ext import _core, arrays
+from adamax_ext.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,10 @@ class State:
         use_averages: bool,
         use_accumulators: bool,
     ) -> "State":
-        """Return zeros with the shape and memory order of each variable, in its compute type."""
-        layouts = [_core.describe(v, "variables", i)[:3] for i, v in enumerate(variables)]
+        """Return zeros for each variable; see `arrays.zeros_for`."""
 
         def zeros() -> list[Array]:
-            return [_zeros(*layout) for layout in layouts]
+            return [arrays.zeros_for(v, "variables", i) for i, v in enumerate(variables)]
 
         return cls(
             variables,
@@ -55,7 +50,7 @@ class State:
             self.variables, self.names, self.decays, use_averages, use_accumulators
         )
         for array, old in zip(copy.in_keras_order(), self.in_keras_order(), strict=True):
-            array[...] = old
+            arrays.assign(array, arrays.to_host(old))
         return copy
 
     def plan(self) -> _core.Plan:
@@ -84,13 +79,6 @@ class State:
             "gradient_accumulator": self.accumulators,
         }
         return {
-            name: {kind: arrays[i] for kind, arrays in kinds.items() if arrays is not None}
+            name: {kind: kept[i] for kind, kept in kinds.items() if kept is not None}
             for i, name in enumerate(self.names)
         }
-
-
-def _zeros(shape: Sequence[int], strides: Sequence[int], dtype: str) -> Array:
-    """Return zeros whose axes lie in memory in the order that `strides` tell."""
-    slowest_first = sorted(range(len(shape)), key=lambda axis: -strides[axis])
-    array = np.zeros([shape[axis] for axis in slowest_first], dtype)
-    return array.transpose(np.argsort(slowest_first))

@@ -44,5 +44,5 @@ class Exclusion:
 
 def _memory(buffer: Any, role: str, index: int) -> tuple[int, int]:
     """Return address and bytes, which two objects for the same memory share."""
-    address, size = _core.describe(buffer, role, index)[3:]
+    address, size = _core.describe(buffer, role, index)[3:5]
     return (address, size) if size else (id(buffer), 0)

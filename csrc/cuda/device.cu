@@ -1,0 +1,234 @@
+// The real device: launches, memory, events and errors of the CUDA runtime.
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.hpp"
+#include "cuda/make_api.hpp"
+#include "cuda/support.hpp"
+
+namespace adamax::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next call of anyone should not find it again
+  throw std::runtime_error(std::string("CUDA failed to ") + what + ": " + cudaGetErrorName(error) +
+                           " (" + cudaGetErrorString(error) + ")");
+}
+
+// The calling thread's device, and the one it had before at the end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before_), "ask for the current device");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "select the device");
+    changed_ = true;
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+class DeviceWorkspace : public Workspace {
+ public:
+  explicit DeviceWorkspace(int device) : device_(device) {}
+  // cudaFree waits for kernels that still use the memory. Errors have nobody to go to: at the end
+  // of a process the runtime may be gone already.
+  ~DeviceWorkspace() override {
+    try {
+      const CurrentDevice current(device_);
+      cudaFree(memory_);
+      cudaFree(flag_);
+      cudaFreeHost(host_flag_);
+    } catch (const std::runtime_error&) {
+    }
+  }
+
+  double* reserve(std::size_t count) {
+    if (count > capacity_) {
+      check(cudaFree(memory_), "free the workspace");
+      memory_ = nullptr;
+      capacity_ = 0;
+      check(cudaMalloc(&memory_, count * sizeof(double)), "allocate the workspace");
+      capacity_ = count;
+    }
+    return memory_;
+  }
+  void reserve_flags() {
+    if (flag_ == nullptr) check(cudaMalloc(&flag_, sizeof(int)), "allocate a flag");
+    if (host_flag_ == nullptr) check(cudaMallocHost(&host_flag_, sizeof(int)), "allocate a flag");
+  }
+  int* flag() const { return flag_; }
+  int* host_flag() const { return host_flag_; }
+
+ private:
+  int device_;
+  double* memory_ = nullptr;
+  std::size_t capacity_ = 0;  // doubles
+  int* flag_ = nullptr;
+  int* host_flag_ = nullptr;
+};
+
+class Event {
+ public:
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "make an event"); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }  // after what waits for it
+
+  void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "record an event"); }
+  void hold_up(cudaStream_t stream) {
+    check(cudaStreamWaitEvent(stream, event_, 0), "wait for an event");
+  }
+  void wait() { check(cudaEventSynchronize(event_), "wait for the gradients"); }
+
+ private:
+  cudaEvent_t event_;
+};
+
+template <class Kernel>
+constexpr bool kHasBarrier =
+    requires(Kernel kernel, Place place, double* shared) { kernel.finish(place, shared); };
+
+template <class Kernel>
+__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Kernel kernel) {
+  const Place place{blockIdx.x, threadIdx.x};
+  if constexpr (kHasBarrier<Kernel>) {
+    __shared__ double shared[kThreads];
+    kernel(place, shared);
+    __syncthreads();
+    kernel.finish(place, shared);
+  } else {
+    kernel(place);
+  }
+}
+
+class Device {
+ public:
+  Device(const Queue& queue, Workspace* workspace)
+      : current_(queue.device),
+        stream_(reinterpret_cast<cudaStream_t>(queue.stream)),
+        others_(queue.others),
+        workspace_(static_cast<DeviceWorkspace*>(workspace)) {
+    require_no_capture();
+    for (const std::uintptr_t other : others_) {
+      Event event;
+      event.record(reinterpret_cast<cudaStream_t>(other));
+      event.hold_up(stream_);
+    }
+  }
+
+  // What is queued on the other streams from now on waits for what was queued here.
+  void finish() {
+    if (others_.empty()) return;
+    Event event;
+    event.record(stream_);
+    for (const std::uintptr_t other : others_) event.hold_up(reinterpret_cast<cudaStream_t>(other));
+  }
+
+  template <class Kernel>
+  void launch(const Kernel& kernel) {
+    static_assert(sizeof(Kernel) <= 32'764, "the limit of kernel arguments");
+    void* arguments[] = {const_cast<Kernel*>(&kernel)};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(&run<Kernel>), dim3(kernel.blocks()),
+                           dim3(kThreads), arguments, 0, stream_),
+          Kernel::kName);
+  }
+
+  double* reserve(std::size_t count) { return workspace_->reserve(count); }
+
+  int* cleared_flag() {
+    workspace_->reserve_flags();
+    check(cudaMemsetAsync(workspace_->flag(), 0, sizeof(int), stream_), "clear a flag");
+    return workspace_->flag();
+  }
+  void request_flag() {
+    check(cudaMemcpyAsync(workspace_->host_flag(), workspace_->flag(), sizeof(int),
+                          cudaMemcpyDeviceToHost, stream_),
+          "copy a flag");
+    flag_is_there_.emplace().record(stream_);
+  }
+  // Waits for the reductions alone: the update behind them is under way meanwhile.
+  int awaited_flag() {
+    flag_is_there_->wait();
+    return *workspace_->host_flag();
+  }
+
+  void copy(void* to, const void* from, std::size_t bytes) {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "copy");
+    synchronize();
+  }
+  void synchronize() { check(cudaStreamSynchronize(stream_), "finish the queued work"); }
+
+  static void require_usable(int device) {
+    static std::atomic<std::uint64_t> known{0};  // devices found usable, a bit each
+    const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+    if ((known & bit) != 0) return;
+    Found found;
+    found.device = device;
+    cudaRuntimeGetVersion(&found.runtime);
+    cudaDriverGetVersion(&found.driver);
+    const cudaError_t error = cudaGetDeviceCount(&found.devices);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      found.devices = 0;
+      found.error = cudaGetErrorString(error);
+    }
+    if (device < found.devices) {
+      int major = 0, minor = 0;
+      check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "ask");
+      check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "ask");
+      found.capability = 10 * major + minor;
+    }
+    const std::string why = why_unusable(found, {ADAMAX_EXT_CUDA_ARCHITECTURES});
+    if (!why.empty()) throw std::runtime_error(why);
+    known |= bit;
+  }
+
+  static int device_of(const void* memory) {
+    cudaPointerAttributes attributes;
+    check(cudaPointerGetAttributes(&attributes, memory), "find the device of memory");
+    return attributes.device;
+  }
+
+  static Workspace* make_workspace(int device) { return new DeviceWorkspace(device); }
+
+ private:
+  void require_no_capture() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t error = cudaStreamIsCapturing(stream_, &status);
+    if (error == cudaErrorStreamCaptureImplicit || status != cudaStreamCaptureStatusNone) {
+      cudaGetLastError();
+      throw std::runtime_error(kCaptureRefused);
+    }
+    check(error, "ask whether the stream is being captured");
+  }
+
+  const CurrentDevice current_;
+  const cudaStream_t stream_;
+  const std::span<const std::uintptr_t> others_;
+  DeviceWorkspace* const workspace_;
+  std::optional<Event> flag_is_there_;
+};
+
+}  // namespace
+
+const Api& api() {
+  static const Api kApi = make_api<Device>();
+  return kApi;
+}
+
+}  // namespace adamax::cuda

@@ -1,0 +1,118 @@
+// An emulated CUDA device: the kernels run thread by thread on the host, and a log tells what a GPU
+// would have been asked. Linked with csrc/cuda/module.cpp it is a module _cuda for tests.
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/device.hpp"
+#include "cuda/make_api.hpp"
+#include "cuda/support.hpp"
+
+namespace adamax::cuda {
+namespace {
+
+std::string the_log;
+bool is_capturing = false;
+std::uintptr_t device_1_begin = 0, device_1_end = 0;
+Found the_machine{13000, 13000, 2, "", 0, 90};
+
+void log(const std::string& line) { the_log += line + "\n"; }
+
+// Memory is as large as was asked for, so that a checker of addresses sees what lies outside; what
+// a kernel did not write is NaN.
+struct HostWorkspace : Workspace {
+  std::vector<double> memory;
+  int flag = -1, host_flag = -1;
+};
+
+class Device {
+ public:
+  Device(const Queue& queue, Workspace* workspace)
+      : queue_(queue), workspace_(static_cast<HostWorkspace*>(workspace)) {
+    if (is_capturing) throw std::runtime_error(kCaptureRefused);
+    for (const std::uintptr_t other : queue_.others) log("wait for " + std::to_string(other));
+  }
+  void finish() {
+    for (const std::uintptr_t other : queue_.others) log("hold up " + std::to_string(other));
+  }
+
+  // Blocks and threads in reverse: nothing may depend on their order.
+  template <class Kernel>
+  void launch(const Kernel& kernel) {
+    log(std::string("launch ") + Kernel::kName + " on device " + std::to_string(queue_.device) +
+        " stream " + std::to_string(queue_.stream));
+    for (std::uint32_t block = kernel.blocks(); block-- > 0;) {
+      if constexpr (requires(Place place, double* shared) { kernel.finish(place, shared); }) {
+        double shared[kThreads];
+        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel({block, thread}, shared);
+        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel.finish({block, thread}, shared);
+      } else {
+        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel({block, thread});
+      }
+    }
+  }
+
+  double* reserve(std::size_t count) {
+    if (count > workspace_->memory.size()) log("allocate");
+    workspace_->memory.assign(count, __builtin_nan(""));
+    return workspace_->memory.data();
+  }
+  int* cleared_flag() {
+    workspace_->flag = 0;
+    return &workspace_->flag;
+  }
+  void request_flag() { workspace_->host_flag = workspace_->flag; }
+  int awaited_flag() {
+    log("synchronize");
+    return workspace_->host_flag;
+  }
+  void copy(void* to, const void* from, std::size_t bytes) {
+    std::memcpy(to, from, bytes);
+    synchronize();
+  }
+  void synchronize() { log("synchronize"); }
+
+  static void require_usable(int device) {
+    Found found = the_machine;
+    found.device = device;
+    const std::string why = why_unusable(found, {75, 80, 90});
+    if (!why.empty()) throw std::runtime_error(why);
+  }
+  static int device_of(const void* memory) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    return address >= device_1_begin && address < device_1_end ? 1 : 0;
+  }
+  static Workspace* make_workspace(int) { return new HostWorkspace; }
+
+ private:
+  const Queue queue_;
+  HostWorkspace* const workspace_;
+};
+
+}  // namespace
+
+const Api& api() {
+  static const Api kApi = make_api<Device>();
+  return kApi;
+}
+
+}  // namespace adamax::cuda
+
+// Controls for tests, called by ctypes.
+extern "C" {
+[[gnu::visibility("default")]] const char* emulated_log() { return adamax::cuda::the_log.c_str(); }
+[[gnu::visibility("default")]] void emulated_clear_log() { adamax::cuda::the_log.clear(); }
+[[gnu::visibility("default")]] void emulated_capture(int on) {
+  adamax::cuda::is_capturing = on != 0;
+}
+[[gnu::visibility("default")]] void emulated_device_1(std::uintptr_t begin, std::uintptr_t end) {
+  adamax::cuda::device_1_begin = begin;
+  adamax::cuda::device_1_end = end;
+}
+[[gnu::visibility("default")]] void emulated_machine(int driver, int runtime, int devices,
+                                                     int capability, const char* error) {
+  adamax::cuda::the_machine = {driver, runtime, devices, error, 0, capability};
+}
+}
