@@ -6,6 +6,7 @@ The memory of a device array is that of a NumPy array, `host`. This module is th
 import ctypes
 import functools
 import importlib.util
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -91,6 +92,11 @@ def log_of(function):
 
 def set_capture(on):
     _library().emulated_capture(int(on))
+
+
+def set_first_block(block):
+    """Leave out the blocks of every launch that come before `block`."""
+    _library().emulated_first_block(block)
 
 
 def set_machine(driver=13000, runtime=13000, devices=2, capability=90, error=""):
@@ -223,6 +229,22 @@ def dtype_of_bfloat16():
         return dtype_of("bfloat16")
     except AttributeError:
         return None
+
+
+def unaligned(values, offset):
+    """Return a copy that begins at so many bytes after a multiple of 16, and all of its memory."""
+    memory = np.full(values.nbytes + 64, 0xA5, np.uint8)
+    begin = -memory.ctypes.data % 16 + 16 + offset
+    array = memory[begin : begin + values.nbytes].view(values.dtype)
+    array[...] = values
+    return array, memory
+
+
+def sparse(size, dtype):
+    """Return zeros that take memory only where they are touched."""
+    no_reserve = 0x4000  # Linux' MAP_NORESERVE, which Python 3.10 to 3.12 do not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, size * np.dtype(dtype).itemsize, flags=flags), dtype)
 
 
 def on_device_1(size, dtype):

@@ -6,6 +6,8 @@ in test_cuda.py.
 
 import itertools
 import pickle
+import sys
+import types
 
 import adamax_ext
 import emulated
@@ -26,7 +28,8 @@ from test_optimizer_bits import (
     check_run,
 )
 
-SIZES = [*range(1, 20), 255, 256, 257, 1023, 1025, 4095, 4096, 4097, 3 * 4096 + 5]
+SIZES = [*range(1, 71), 255, 257, 1023, 1025, 4095, 4096, 4097, 3 * 4096 + 5]
+OFFSETS = [0, 0, 0, 1, 2, 3, 4, 6, 8, 12, 13]  # bytes: whole vectors, elements, and neither
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 2.0**-102, 3e38]
 
 
@@ -46,20 +49,21 @@ def check_update(param, grad):
     dtypes = {"param": dtype_of(param), "grad": dtype_of(grad)}
     state = np.dtype(np.float64 if param == "float64" else np.float32)
     rules = itertools.cycle(itertools.product(RULES, (None, 0.61), (1, 4)))
-    for size, offset in itertools.product(SIZES, (0, 1, 3)):
+    for size in SIZES * 2:
         rule, clipvalue, step = next(rules)
-        arrays = {}
+        arrays, memory = {}, {}
         for role in ("param", "grad", "m", "u", "average"):
-            dtype = dtypes.get(role, state)
-            arrays[role] = special(rng, size + 8, dtype)[offset : offset + size]
-        arrays["u"] = np.abs(arrays["u"])
+            values = special(rng, size, dtypes.get(role, state))
+            values = np.abs(values) if role == "u" else values
+            arrays[role], memory[role] = emulated.unaligned(values, rng.choice(OFFSETS))
         settings = {**SETTINGS, **rule, "clipvalue": clipvalue, "step": step}
         expected = expected_update(arrays, grad_scale=0.37, **settings)
         lent = {role: on_cuda(array) for role, array in arrays.items()}
-        # Gradients that stay as they are, and memory around everything.
         adamax_ext.update(**lent, grad_scale=0.37, ema_momentum=EMA_MOMENTUM, **settings)
         for role, array in expected.items():
-            assert_same_bits(arrays[role], array, f"{role} of {size} at {offset}, {settings}")
+            assert_same_bits(arrays[role], array, f"{role} of {size}, {settings}")
+            arrays[role].view(np.uint8)[...] = 0xA5
+            assert np.all(memory[role] == 0xA5), f"memory around {role} of {size} was written"
 
 
 @every_pair
@@ -111,6 +115,66 @@ def check_norms():
 def test_norms():
     pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
     emulated.run(check_norms)
+
+
+def check_index_arithmetic(size):
+    """A variable beyond 2^31 elements, of which the last blocks run, and one behind it."""
+    rng = np.random.default_rng(size)
+    begin = size // 4096 * 4096 - 2 * 4096
+    sizes = [size, 5000]
+    variables = [emulated.sparse(n, np.float32) for n in sizes]
+    grads = [emulated.sparse(n, np.float32) for n in sizes]
+    parts = []
+    for large, small in (variables, grads):
+        parts.append([large[begin:], small])
+        for part in parts[-1]:
+            part[...] = spread(rng, part.size, np.float32)
+    twins, twin_grads = ([part.copy() for part in pair] for pair in parts)
+    optimizers = [Adamax(use_ema=True), Adamax(use_ema=True)]
+    optimizers[0].build([SparseArray(v) for v in variables])
+    optimizers[1].build(twins)
+    emulated.set_first_block(begin // 4096)
+    try:
+        optimizers[0].apply([SparseArray(g) for g in grads])
+    finally:
+        emulated.set_first_block(0)
+    optimizers[1].apply(twin_grads)
+    states = [optimizer.state for optimizer in optimizers]
+    for i, twin in enumerate(twins):
+        kinds = {kind: states[0][f"variable_{i}"][kind].host for kind in ("momentum", "norm")}
+        for kind, array in {"weights": variables[i], **kinds}.items():
+            expected = twin if kind == "weights" else states[1][f"variable_{i}"][kind]
+            assert_same_bits(array[-twin.size :], expected, f"{kind} of {sizes[i]}")
+
+
+class SparseArray(CudaArray):
+    """An array whose library makes sparse ones."""
+
+
+SparseArray.__module__ = "sparse_library"
+
+
+@pytest.mark.parametrize("size", [2**31 + 4103, 2**32 + 4103])
+def test_index_arithmetic(size):
+    emulated.run(use_sparse_library)
+    emulated.run(check_index_arithmetic, size)
+
+
+def use_sparse_library():
+    sys.modules["sparse_library"] = types.SimpleNamespace(
+        float32=np.float32,
+        zeros_like=lambda array, dtype: CudaArray(emulated.sparse(array.host.size, dtype)),
+    )
+
+
+def check_large_norm():
+    large = emulated.sparse(2**31 + 4103, np.float16)
+    large[-7:] = np.arange(1, 8)
+    assert adamax_ext.global_norm([CudaArray(large)]) == 140**0.5
+
+
+def test_norm_of_more_than_2_31_elements():
+    emulated.run(check_large_norm)
 
 
 # ---- Dynamic loss scale --------------------------------------------------------------------------

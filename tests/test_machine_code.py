@@ -319,7 +319,7 @@ IMPORT = """
 import json, numpy, os, sys
 def state():
     maps = open("/proc/self/maps").read()
-    return [len(os.listdir("/proc/self/task")), Mxcsr().get(), "libcuda" in maps]
+    return [len(os.listdir("/proc/self/task")), Mxcsr().get(), "libcuda" in maps or "_cuda" in maps]
 before = state()
 import adamax_ext
 frameworks = {"torch", "jax", "tensorflow", "keras", "cupy", "ml_dtypes", "mxnet"}

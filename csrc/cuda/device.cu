@@ -7,6 +7,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/make_api.hpp"
@@ -193,7 +194,9 @@ class Device {
       check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "ask");
       found.capability = 10 * major + minor;
     }
-    const std::string why = why_unusable(found, {ADAMAX_EXT_CUDA_ARCHITECTURES});
+    std::vector<int> architectures{__CUDA_ARCH_LIST__};  // nvcc's, as 900 for 9.0
+    for (int& architecture : architectures) architecture /= 10;
+    const std::string why = why_unusable(found, architectures);
     if (!why.empty()) throw std::runtime_error(why);
     known |= bit;
   }

@@ -39,6 +39,19 @@ ADAMAX_HOST_DEVICE bool is_aligned(const S* p, std::uintptr_t bytes) {
   return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
 }
 
+// Assembly, because the compiler would find that store() below writes the same on both of its ways,
+// and write element by element on both.
+ADAMAX_HOST_DEVICE void store_packet(Packet packet, Packet* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(packet.words[0]), "r"(packet.words[1]), "r"(packet.words[2]),
+               "r"(packet.words[3])
+               : "memory");
+#else
+  *p = packet;
+#endif
+}
+
 // One element; byte by byte where the address is not a multiple of its size, which a GPU refuses.
 template <class S>
 ADAMAX_HOST_DEVICE S load_element(const S* p) {
@@ -85,7 +98,7 @@ ADAMAX_HOST_DEVICE void store(const V (&vectors)[width], S* p) {
   if (kPackets > 0 && is_aligned(p, sizeof(Packet))) {
     Packet packets[kPackets > 0 ? kPackets : 1];
     __builtin_memcpy(packets, elements, kPackets * sizeof(Packet));
-    for (int i = 0; i < kPackets; ++i) reinterpret_cast<Packet*>(p)[i] = packets[i];
+    for (int i = 0; i < kPackets; ++i) store_packet(packets[i], reinterpret_cast<Packet*>(p) + i);
   } else {
     for (int i = 0; i < width; ++i) store_element(elements[i], p + i);
   }

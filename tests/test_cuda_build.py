@@ -1,0 +1,146 @@
+"""Builds with and without CUDA kernels: options, what is loaded when, and the real messages.
+
+A driver is a library that says its version: the real CUDA runtime believes a made one.
+"""
+
+import ctypes.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import adamax_ext
+import pytest
+from conftest import REPOSITORY, configure
+
+ARCHITECTURES = adamax_ext.build_info()["cuda_architectures"]
+needs_kernels = pytest.mark.skipif(
+    not ARCHITECTURES, reason="this build has no CUDA kernels (.ci/run makes one that has)"
+)
+
+FIRST_USE = """
+import json, sys
+import numpy as np
+import adamax_ext
+
+class OnCuda:
+    __cuda_array_interface__ = {**np.ones(3, np.float32).__array_interface__, "stream": 1}
+
+host = [np.ones(3, np.float32)]
+result = {"before": "adamax_ext._cuda" in sys.modules}
+try:
+    adamax_ext.Adamax().build([OnCuda()])
+except Exception as error:
+    result["error"] = f"{type(error).__name__}: {error}"
+result["after"] = "adamax_ext._cuda" in sys.modules
+result["host"] = adamax_ext.Adamax().apply(host, host)
+print(json.dumps(result))
+"""
+
+
+def first_use(**environment):
+    """Return what a fresh process sees of a CUDA array."""
+    command = [sys.executable, "-c", FIRST_USE]
+    environment = {**os.environ, **environment}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+    return json.loads(output)
+
+
+def driver(folder, version, initialized):
+    """Build a CUDA driver with no devices; return the environment in which it is found."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source = folder / "driver.c"
+    source.write_text(
+        f"int cuInit(unsigned flags) {{ return {initialized}; }}\n"
+        f"int cuDriverGetVersion(int *version) {{ *version = {version}; return 0; }}\n"
+        "int cuDeviceGetCount(int *count) { *count = 0; return 0; }\n"
+    )
+    library = folder / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    return {"LD_LIBRARY_PATH": str(folder)}
+
+
+def is_here(library):
+    return ctypes.util.find_library(library) is not None
+
+
+@pytest.mark.skipif(bool(ARCHITECTURES), reason="this build has CUDA kernels")
+def test_a_build_without_kernels_says_so():
+    result = first_use()
+    assert result["error"] == (
+        "RuntimeError: variables[0] is on a CUDA device: this build of adamax_ext has no CUDA "
+        "kernels; expected one that was built with nvcc: pip install with "
+        "-Ccmake.define.ADAMAX_EXT_CUDA=ON"
+    )
+    assert (result["before"], result["after"], result["host"]) == (False, False, 1)
+
+
+@needs_kernels
+@pytest.mark.skipif(is_here("cuda"), reason="a CUDA driver is installed")
+def test_no_driver():
+    result = first_use()
+    assert "is on a CUDA device: no CUDA driver was found (libcuda.so.1)" in result["error"]
+    assert "this build has CUDA runtime 1" in result["error"]
+    assert (result["before"], result["after"], result["host"]) == (False, True, 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("version", "initialized", "message"),
+    [
+        (11040, 0, "the driver supports CUDA 11.4; this build has CUDA runtime 1"),
+        (11040, 100, "and needs a driver for CUDA 1"),
+        (19000, 100, "no CUDA device was found (no CUDA-capable device is detected); the driver "),
+    ],
+)
+def test_drivers_that_are_old_or_see_no_device(tmp_path, version, initialized, message):
+    result = first_use(**driver(tmp_path, version, initialized))
+    assert result["error"].startswith("RuntimeError: variables[0] is on a CUDA device: ")
+    assert message in result["error"]
+    assert result["host"] == 1
+
+
+@needs_kernels
+def test_the_module_keeps_its_symbols():
+    module = next(Path(adamax_ext._core.__file__).parent.glob("_cuda*.so"))
+    tools = [shutil.which(name) for name in ("nm", "readelf")]
+    if None in tools:
+        pytest.skip("needs binutils")
+    exported = subprocess.run(
+        [tools[0], "-D", "--defined-only", module], check=True, capture_output=True, text=True
+    ).stdout
+    names = [line.split()[-1] for line in exported.splitlines()]
+    assert "PyInit__cuda" in names
+    assert not [name for name in names if name.startswith(("cuda", "cu")) or "adamax" in name]
+    needed = subprocess.run(
+        [tools[1], "-d", module], check=True, capture_output=True, text=True
+    ).stdout
+    assert "libcud" not in needed  # neither the driver nor a shared runtime
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-DADAMAX_EXT_CUDA=ON"], "ADAMAX_EXT_CUDA=ON needs nvcc"),
+        (["-DADAMAX_EXT_CUDA=MAYBE"], "ADAMAX_EXT_CUDA is MAYBE; expected AUTO, ON or OFF"),
+        (["-DADAMAX_EXT_CUDA_ARCHITECTURES=80;90a"], "ADAMAX_EXT_CUDA_ARCHITECTURES has 90a"),
+    ],
+)
+def test_options_that_cannot_be_met(tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
+    with pytest.raises(AssertionError, match=message):
+        configure(REPOSITORY, tmp_path / "build", "-DADAMAX_EXT_PYTHON=ON", *options)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_auto_builds_nothing_without_a_gpu(tmp_path):
+    output = configure(REPOSITORY, tmp_path / "build", "-DADAMAX_EXT_CUDA=AUTO")
+    assert "CUDA architectures: \n" in output + "\n"
+    assert "CUDA compiler" not in output
