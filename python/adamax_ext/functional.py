@@ -61,11 +61,13 @@ def update(
     ------
     ValueError
         A setting out of range; buffers of different size or layout, with gaps, overlapping, or not
-        in host memory.
+        all in host memory or on one CUDA device.
     TypeError
         An unsupported pair of dtypes, or an object without memory.
     BufferError
         Memory that is read-only, closed or freed. After any exception no buffer has changed.
+    RuntimeError
+        A CUDA device that cannot be used, or whose stream is being captured.
 
     Notes
     -----
@@ -115,8 +117,12 @@ def global_norm(buffers: Iterable[Any]) -> float:
 
     Raises
     ------
-    TypeError, ValueError, BufferError
+    TypeError, ValueError, BufferError, RuntimeError
         As `update`.
+
+    Notes
+    -----
+    On a GPU the call waits for the result.
     """
     return _core.global_norm(_settings.sequence("buffers", buffers))
 

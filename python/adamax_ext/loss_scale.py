@@ -22,7 +22,7 @@ class LossScaleOptimizer(Saveable):
 
     A call with an infinite or NaN gradient halves the scale and changes nothing else. Otherwise the
     inner optimizer steps with the gradients divided by the scale; after `dynamic_growth_steps` such
-    steps in a row the scale doubles.
+    steps in a row the scale doubles. On a GPU a call waits until the gradients are known as finite.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ class Adamax(Saveable):
     -----
     Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The first moment,
     infinity norm, averages and accumulators are float64 for float64 weights and float32 for all
-    others.
+    others; NumPy arrays, or on a GPU arrays of the variable's own library there.
 
     Examples
     --------
@@ -250,7 +250,12 @@ class Adamax(Saveable):
         TypeError, ValueError, BufferError
             Buffers that do not fit, or every gradient None. Nothing has changed then.
         RuntimeError
-            Another call is running on this optimizer.
+            Another call is running on this optimizer; a CUDA device that cannot be used, or whose
+            stream is being captured.
+
+        Notes
+        -----
+        On a GPU the step is queued on the current stream of the library of the first variable.
         """
         self.apply_scaled(grads, variables, self.loss_scale_factor or 1.0)
         return self.calls
