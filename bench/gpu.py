@@ -106,7 +106,7 @@ class Bench:
         return lambda: optimizer.apply(grads)
 
     def torch_step(
-        self, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: Any, **o: Any
+        self, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: Any, **own: Any
     ) -> Step:
         params, grads = self.arrays(shapes, dtype)
         for param, grad in zip(params, grads, strict=True):

@@ -99,7 +99,7 @@ def set_first_block(block):
     _library().emulated_first_block(block)
 
 
-def set_machine(driver=13000, runtime=13000, devices=2, capability=90, error=""):
+def set_machine(driver=13000, runtime=13000, devices=2, capability=86, error=""):
     _library().emulated_machine(driver, runtime, devices, capability, error.encode())
 
 

@@ -291,12 +291,11 @@ void import_dlpack(py::handle object, const Label& label, Access access, Leases&
   const DLDevice place{static_cast<DLDeviceType>(device.first), device.second};
   require_known_device(label, place);
   const bool on_host = is_host(place);
-  // CUDA's own interface tells the stream that the library works on, as DLPack does not.
-  if (!on_host && py::hasattr(object, "__cuda_array_interface__")) {
-    return import_cuda_array(object, label, access, buffer);
-  }
   if (!on_host) {
     place_on_device(buffer, label, place.device_id, 0);  // before the library does any work
+    // CUDA's own interface tells the stream that the library works on, as DLPack does not.
+    const py::object interface = py::getattr(object, "__cuda_array_interface__", py::none());
+    if (!interface.is_none()) return import_cuda_array(interface, label, access, buffer);
     leases.needs_synchronization = true;
   }
   const py::object capsule = call_dlpack(object, label, on_host);
@@ -424,7 +423,8 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
     case Protocol::kDLPack:
       return import_dlpack(object, label, access, leases, buffer);
     case Protocol::kCudaArrayInterface:
-      return import_cuda_array(object, label, access, buffer);
+      place_on_device(buffer, label, 0, 0);  // before the library does any work
+      return import_cuda_array(object.attr("__cuda_array_interface__"), label, access, buffer);
     case Protocol::kBufferProtocol:
       return import_view(object, label, access, leases, buffer);
     case Protocol::kNone:

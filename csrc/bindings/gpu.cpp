@@ -22,19 +22,24 @@ const cuda::Api& cuda_api() {
   return *api;
 }
 
-void place_on_device(Buffer& buffer, const Label& label, int device, std::uintptr_t stream) {
+// Calls `ask`; its errors get the name of the buffer.
+template <class Ask>
+auto with_label(const Label& label, const Ask& ask) {
   try {
-    cuda_api().require_usable(device);
+    return ask();
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(label.text() + " is on a CUDA device: " + error.what());
   }
+}
+
+void place_on_device(Buffer& buffer, const Label& label, int device, std::uintptr_t stream) {
+  with_label(label, [device] { cuda_api().require_usable(device); });
   buffer.device = device;
   buffer.stream = stream == 0 ? cuda::kLegacyDefaultStream : stream;
 }
 
-void import_cuda_array(py::handle object, const Label& label, Access access, Buffer& buffer) {
-  place_on_device(buffer, label, 0, 0);  // before the library is asked, a GPU must be there at all
-  const py::dict interface = object.attr("__cuda_array_interface__");
+void import_cuda_array(const py::dict& interface, const Label& label, Access access,
+                       Buffer& buffer) {
   const auto item = [&](const char* key) {
     return interface.contains(key) ? py::object(interface[key]) : py::object(py::none());
   };
@@ -57,8 +62,8 @@ void import_cuda_array(py::handle object, const Label& label, Access access, Buf
   }
   // Without a stream in it the interface promises that the memory may be used at once.
   const py::object stream = item("stream");
-  place_on_device(buffer, label, cuda_api().device_of(buffer.data),
-                  stream.is_none() ? 0 : py::cast<std::uintptr_t>(stream));
+  const int device = with_label(label, [&buffer] { return cuda_api().device_of(buffer.data); });
+  place_on_device(buffer, label, device, stream.is_none() ? 0 : py::cast<std::uintptr_t>(stream));
 }
 
 }  // namespace adamax::bindings

@@ -17,8 +17,9 @@ const cuda::Api& cuda_api();
 // runs on the device.
 void place_on_device(Buffer& buffer, const Label& label, int device, std::uintptr_t stream);
 
-// Imports an object by its __cuda_array_interface__.
-void import_cuda_array(py::handle object, const Label& label, Access access, Buffer& buffer);
+// Imports memory by a __cuda_array_interface__.
+void import_cuda_array(const py::dict& interface, const Label& label, Access access,
+                       Buffer& buffer);
 
 // Streams on which the buffers of a call are in use. Work is queued on the one of the first buffer.
 class Streams {

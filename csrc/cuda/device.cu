@@ -202,8 +202,16 @@ class Device {
   }
 
   static int device_of(const void* memory) {
+    int device = 0;
+    if (memory == nullptr) {  // an empty array
+      check(cudaGetDevice(&device), "ask for the current device");
+      return device;
+    }
     cudaPointerAttributes attributes;
     check(cudaPointerGetAttributes(&attributes, memory), "find the device of memory");
+    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
+      throw std::runtime_error("its address is not in CUDA memory");
+    }
     return attributes.device;
   }
 

@@ -17,7 +17,7 @@ std::string the_log;
 bool is_capturing = false;
 std::uintptr_t device_1_begin = 0, device_1_end = 0;
 std::uint32_t first_block = 0;  // of every launch: the ones before are left out
-Found the_machine{13000, 13000, 2, "", 0, 90};
+Found the_machine{13000, 13000, 2, "", 0, 86};
 
 void log(const std::string& line) { the_log += line + "\n"; }
 
@@ -78,7 +78,7 @@ class Device {
   static void require_usable(int device) {
     Found found = the_machine;
     found.device = device;
-    const std::string why = why_unusable(found, {75, 80, 90});
+    const std::string why = why_unusable(found, {75, 86, 120});
     if (!why.empty()) throw std::runtime_error(why);
   }
   static int device_of(const void* memory) {
