@@ -30,11 +30,11 @@ python3 -m adamax_ext info
 
 part "Tests" timeout 200 python3 -m pytest -q -p no:cacheprovider tests/test_cuda.py
 if command -v compute-sanitizer >/dev/null; then
-  some="test_update_at_any_offset or test_loss_scale or test_transposed or (test_bits_of_the_cpu and bfloat16)"
+  some="offset or loss_scale or transposed or global_norm or (bfloat16-bfloat16 and (average or accumulation))"
   for tool in memcheck initcheck; do
-    part "compute-sanitizer, $tool" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    part "compute-sanitizer, $tool" timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       python3 -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "$some"
   done
 fi
-part "Measurements" timeout 170 python3 bench/gpu.py --out "$out"
+part "Measurements" timeout 150 python3 bench/gpu.py --out "$out"
 exit "$status"

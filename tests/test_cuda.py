@@ -197,6 +197,8 @@ def test_current_stream_is_honoured():
         grads = [make(9 + i, 2**20, "float32") for i in range(count)]
         late = [torch.full((2**20,), float("nan"), device="cuda") for _ in grads]
         real = [g.cuda() for g in grads]
+        for optimizer, first in zip(optimizers, (real, grads), strict=True):
+            optimizer.apply(first)  # loads the kernels, for which CUDA may wait
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -258,6 +260,7 @@ def test_a_captured_step_is_refused():
     optimizer.apply(grads)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        grads[0].add_(0)  # torch warns of an empty graph
         optimizer.apply(grads)
     torch.cuda.synchronize()
     assert optimizer.apply(grads) == 2

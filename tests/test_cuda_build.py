@@ -125,6 +125,14 @@ def test_the_module_keeps_its_symbols():
 # ---- Options -------------------------------------------------------------------------------------
 
 
+def output_of_configuring(folder, *options):
+    """Whether it goes on to find pybind11 or not: CUDA is decided before."""
+    try:
+        return configure(REPOSITORY, folder / "build", "-DADAMAX_EXT_PYTHON=ON", *options)
+    except AssertionError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -135,12 +143,38 @@ def test_the_module_keeps_its_symbols():
 )
 def test_options_that_cannot_be_met(tmp_path, monkeypatch, options, message):
     monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
-    with pytest.raises(AssertionError, match=message):
-        configure(REPOSITORY, tmp_path / "build", "-DADAMAX_EXT_PYTHON=ON", *options)
+    output = output_of_configuring(tmp_path, *options)
+    assert message in output
+    assert "CMake Error" in output
+
+
+@pytest.fixture
+def pretended_gpus(tmp_path, monkeypatch):
+    """A driver's tool that finds two GPUs of compute capability 9.0."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 9.0\necho 9.0\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.usefixtures("pretended_gpus")
+def test_auto_builds_for_the_gpu_that_is_there(tmp_path):
+    assert "CUDA architectures: 90\n" in output_of_configuring(tmp_path)
+    output = output_of_configuring(tmp_path, "-DADAMAX_EXT_CUDA=OFF")
+    assert "CUDA architectures: \n" in output
+
+
+@pytest.mark.usefixtures("pretended_gpus")
+def test_auto_without_nvcc_warns_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
+    output = output_of_configuring(tmp_path)
+    assert "This machine has a GPU, but adamax_ext is built without CUDA kernels" in output
+    assert "CUDA architectures: \n" in output
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
 def test_auto_builds_nothing_without_a_gpu(tmp_path):
-    output = configure(REPOSITORY, tmp_path / "build", "-DADAMAX_EXT_CUDA=AUTO")
-    assert "CUDA architectures: \n" in output + "\n"
-    assert "CUDA compiler" not in output
+    output = output_of_configuring(tmp_path)
+    assert "CUDA architectures: \n" in output
+    assert "CUDA compiler" not in output  # not even looked for

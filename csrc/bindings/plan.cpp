@@ -212,7 +212,9 @@ void Plan::overwrite(const py::object& variables) {
   if (device_ == kHost) {
     adamax::overwrite_with_averages(chosen);
   } else {
-    cuda_api().overwrite_with_averages(streams.queue(device_), chosen);
+    const cuda::Queue queue = streams.queue(device_);
+    cuda_api().overwrite_with_averages(queue, chosen);
+    if (leases.needs_synchronization) cuda_api().synchronize(queue);
   }
 }
 

@@ -66,6 +66,6 @@ def assign(array: Array, values: HostArray) -> None:
 
 
 def _is_on_device(array: Any) -> bool:
-    if hasattr(array, "__cuda_array_interface__"):
-        return True
-    return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in (2, 13)
+    if hasattr(array, "__dlpack_device__"):
+        return array.__dlpack_device__()[0] in (2, 13)  # CUDA's memory, and what it manages
+    return hasattr(array, "__cuda_array_interface__")
