@@ -20,7 +20,7 @@ KINDS = ("Update", "Accumulate", "Average", "Sums", "Clip")
 
 
 def flags():
-    """The flags that CMakeLists.txt gives to nvcc for the bits."""
+    """The flags that CMakeLists.txt gives to nvcc."""
     text = (REPOSITORY / "CMakeLists.txt").read_text()
     listed = re.search(r"COMPILE_LANGUAGE:CUDA>:\s*([^>]+)>", text)[1].split()
     return [flag for flag in listed if not flag.startswith("--threads")]
