@@ -100,8 +100,7 @@ void report(benchmark::State& state, std::int64_t elements, int threads,
   state.counters["rounds"] = static_cast<double>(best.size());
 }
 
-// ---- What is measured
-// ----------------------------------------------------------------------------
+// ---- What is measured ---------------------------------------------------------------------------
 
 struct Setting {
   std::string isa = adamax::active_isa();

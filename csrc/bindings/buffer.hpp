@@ -86,8 +86,13 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
 
 // What importers of single protocols share.
 DType dtype_of_typestr(const std::string& typestr, const Label& label);
+// `strides` may be null, for row-major memory. `unit` is the number of strides in an element: 1, or
+// the size of an element for strides in bytes.
+void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t* shape,
+                const std::int64_t* strides, std::int64_t unit);
 void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
                          const py::ssize_t* strides);
+[[noreturn]] void throw_dtype(const Label& label, const std::string& received);
 [[noreturn]] void throw_read_only(const Label& label, const char* why);
 
 // Throws ValueError unless both buffers are in host memory, or on one device.
