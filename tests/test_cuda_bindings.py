@@ -1,0 +1,288 @@
+"""Device buffers under the real bindings, on an emulated GPU: launches, streams, state, refusals."""
+
+import pickle
+
+import adamax_ext
+import emulated
+import numpy as np
+import pytest
+from adamax_ext import Adamax, LossScaleOptimizer
+from emulated import CudaArray, DLPackArray, TableArray, log_of
+from support import assert_same_bits, spread
+
+# ---- Launches, streams, memory -------------------------------------------------------------------
+
+
+def check_launches():
+    weights = [CudaArray(np.ones(256, np.float32), stream=5) for _ in range(400)]
+    optimizer = Adamax(weight_decay=0.1, use_ema=True)
+    optimizer.exclude_from_weight_decay(var_names=["_1"])
+    optimizer.build(weights)
+    update = "launch update on device 0 stream 5"
+    assert log_of(lambda: optimizer.apply(weights)) == [update]
+    many = [CudaArray(np.ones(2, np.float32), stream=5) for _ in range(1000)]
+    optimizer = Adamax()
+    optimizer.build(many)
+    assert log_of(lambda: optimizer.apply(many)) == [update] * 3
+
+    squares, clip = (
+        line.replace("update", name) for line, name in ((update, "squares"), (update, "clip"))
+    )
+    optimizer = Adamax(global_clipnorm=1.0)
+    optimizer.build(weights)
+    assert log_of(lambda: optimizer.apply(weights)) == ["allocate", squares, clip, update]
+    for _ in range(3):  # nothing is allocated again
+        assert log_of(lambda: optimizer.apply(weights)) == [squares, clip, update]
+    optimizer = LossScaleOptimizer(Adamax(clipnorm=1.0))
+    optimizer.build(weights)
+    optimizer.apply(weights)
+    assert log_of(lambda: optimizer.apply(weights)) == [squares, clip, update, "synchronize"]
+
+
+def test_launches():
+    emulated.run(check_launches)
+
+
+def check_streams():
+    ones = [np.ones(10, np.float32) for _ in range(8)]
+    optimizer = Adamax()
+    TableArray.current_stream = 9
+    optimizer.build([TableArray(ones[0]), CudaArray(ones[1], stream=4)])
+    # Queued where the first variable is in use; the others are waited for, and wait.
+    lent = [CudaArray(ones[2], stream=None), CudaArray(ones[3], stream=6)]
+    assert log_of(lambda: optimizer.apply(lent)) == [
+        *("wait for 4", "wait for 1", "wait for 6"),
+        "launch update on device 0 stream 9",
+        *("hold up 4", "hold up 1", "hold up 6"),
+    ]
+    TableArray.current_stream = 0  # CUDA's other name for the legacy default stream
+    same = [TableArray(ones[4]), CudaArray(ones[5], stream=1)]
+    assert "launch update on device 0 stream 1" in log_of(lambda: optimizer.apply(same))
+    assert "wait for 0" not in log_of(lambda: optimizer.apply(same))
+    # Whoever lends by DLPack's method gets its memory back when the device is done.
+    lent = [DLPackArray(ones[6]), TableArray(ones[7])]
+    assert log_of(lambda: optimizer.apply(lent))[-1] == "synchronize"
+    assert lent[0].streams == [1]
+    weights = [emulated.on_device_1(5, np.float32)]
+    optimizer = Adamax()
+    optimizer.build(weights)
+    assert "launch update on device 1 stream 7" in log_of(lambda: optimizer.apply(weights))
+
+
+def test_streams():
+    emulated.run(check_streams)
+
+
+def check_capture():
+    weights = [CudaArray(np.ones(3, np.float32))]
+    optimizer = Adamax()
+    optimizer.build(weights)
+    emulated.set_capture(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"is being captured.*step number"):
+            optimizer.apply([CudaArray(np.ones(3, np.float32))])
+    finally:
+        emulated.set_capture(False)
+    assert optimizer.calls == 0
+    assert weights[0].host.tolist() == [1, 1, 1]
+    assert optimizer.apply([CudaArray(np.ones(3, np.float32))]) == 1
+
+
+def test_a_captured_step_is_refused():
+    emulated.run(check_capture)
+
+
+# ---- State ---------------------------------------------------------------------------------------
+
+
+def trained(place, optimizer, weights, calls):
+    rng = np.random.default_rng(11)
+    for call in range(8):
+        grads = [spread(rng, w.shape, w.dtype) for w in weights]
+        if call in calls:
+            optimizer.apply([place(np.asarray(g, order="F")) for g in grads])
+
+
+def check_moves(folder, source, target):
+    """Half of the steps at one place, half at the other: as all of them at one."""
+    places = {"host": lambda a: a, "cupy": CudaArray, "torch": TableArray}
+    settings = {"use_ema": True, "gradient_accumulation_steps": 3, "clipnorm": 0.4}
+    start = [np.asfortranarray(spread(np.random.default_rng(1), (5, 7), np.float32))]
+    whole = [a.copy("K") for a in start]
+    optimizer = Adamax(**settings)
+    optimizer.build(whole)
+    trained(places["host"], optimizer, whole, range(8))
+    by_steps = optimizer.state_dict()
+
+    for way in ("file", "dict", "keras"):
+        weights = [a.copy("K") for a in start]
+        first, second = Adamax(**settings), Adamax(**settings)
+        first.build([places[source](w) for w in weights])
+        trained(places[source], first, weights, range(4))
+        second.build([places[target](w) for w in weights])
+        if way == "file":
+            first.save(folder / "state")
+            second.load(folder / "state")
+        elif way == "dict":
+            second.load_state_dict(first.state_dict())
+        else:
+            store = {}
+            first.save_own_variables(store)
+            second.load_own_variables(store)
+        trained(places[target], second, weights, range(4, 8))
+        assert_same_bits(weights[0], whole[0], f"weights, {way}")
+        for kind, array in second.state_dict()["state"]["variable_0"].items():
+            assert type(array) is np.ndarray
+            assert_same_bits(array, by_steps["state"]["variable_0"][kind], f"{kind}, {way}")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("cupy", "host"), ("host", "torch"), ("torch", "cupy")]
+)
+def test_state_moves(tmp_path, source, target):
+    emulated.run(check_moves, tmp_path, source, target)
+
+
+def check_state():
+    weights = [CudaArray(np.asfortranarray(np.ones((2, 3), np.float16)))]
+    optimizer = Adamax(use_ema=True)
+    optimizer.build(weights)
+    optimizer.apply([CudaArray(np.asfortranarray(np.ones((2, 3), np.float16)))])
+    state = optimizer.state["variable_0"]
+    assert {type(array) for array in state.values()} == {CudaArray}
+    assert {array.host.dtype for array in state.values()} == {np.dtype(np.float32)}
+    assert state["momentum"].host.flags.f_contiguous
+    values = [np.full((2, 3), float(i)) for i in range(3)]
+    optimizer.set_weights([np.int64(4), np.float32(0.5), *map(CudaArray, values)])
+    assert state["norm"].host.tolist() == values[2].tolist()
+    with pytest.raises(ValueError, match=r"weights\[3\] must have shape \(2, 3\)"):
+        optimizer.set_weights([np.int64(4), np.float32(0.5), values[0], values[0][:1], values[0]])
+    before = state["average"].host.copy()
+    optimizer.finalize_variable_values()
+    assert_same_bits(weights[0].host, before.astype(np.float16), "weights from averages")
+    copy = pickle.loads(pickle.dumps(optimizer))
+    assert copy.state["variable_0"]["norm"].host.tolist() == values[2].tolist()
+
+
+def test_state():
+    emulated.run(check_state)
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+MACHINES = {
+    "no CUDA driver .*runtime 13.0 .*needs a driver for CUDA 13.0": {"driver": 0, "devices": 0},
+    "driver supports CUDA 12.4; .*runtime 13.0 .*driver for CUDA 13.0": {"driver": 12040},
+    "driver supports CUDA 12.0; .*runtime 12.8 .*CUDA 12.1": {"driver": 12000, "runtime": 12080},
+    r"no CUDA device was found \(why\); .* CUDA 13.1; .* 13.0": {
+        **{"driver": 13010, "devices": 0, "error": "why"}
+    },
+    "device 0 has compute capability 7.0; .*for 7.5, 8.6, 12.0 and newer than 12.0": {
+        "capability": 70
+    },
+    "compute capability 8.0": {"capability": 80},
+    "compute capability 9.0": {"capability": 90},
+    "no CUDA device 1 among the 1": {"devices": 1},
+}
+
+
+def check_machine(message, machine):
+    emulated.set_machine(**machine)
+    try:
+        weight = emulated.on_device_1(3, np.float32)
+        for call in (Adamax().build, adamax_ext.global_norm):
+            with pytest.raises(RuntimeError, match=rf"\[0\] is on a CUDA device: .*{message}"):
+                call([weight])
+        host = [np.ones(3, np.float32)]
+        assert Adamax().apply(host, host) == 1  # the CPU does not care
+    finally:
+        emulated.set_machine()
+    Adamax().build([weight])
+
+
+@pytest.mark.parametrize(("message", "machine"), MACHINES.items(), ids=MACHINES)
+def test_machines_that_cannot_run_kernels(message, machine):
+    emulated.run(check_machine, message, machine)
+
+
+@pytest.mark.parametrize("capability", [75, 86, 89, 120, 121, 130])
+def test_machines_that_can(capability):
+    emulated.run(emulated.set_machine, 13000, 13000, 2, capability)
+    emulated.run(check_state)
+    emulated.run(emulated.set_machine)
+
+
+def ones(n=6):
+    return np.ones(n, np.float32)
+
+
+def read_only():
+    return CudaArray(ones(), data=(ones().ctypes.data, True))
+
+
+REFUSALS = {
+    "grads is in host memory; expected memory on CUDA device 0": (ValueError, ones),
+    "grads is on CUDA device 1; expected memory on CUDA device 0": (
+        *(ValueError, lambda: emulated.on_device_1(6, np.float32)),
+    ),
+    "has 5 elements": (ValueError, lambda: CudaArray(ones(5))),
+    "expected the layout": (ValueError, lambda: CudaArray(ones(12)[::2])),
+    "has dtype '<i4'": (TypeError, lambda: CudaArray(np.ones(6, np.int32))),
+    "has dtype '>f4'": (TypeError, lambda: CudaArray(np.ones(6, ">f4"))),
+    "has dtype float64 but": (TypeError, lambda: CudaArray(np.ones(6))),
+    "has a mask": (ValueError, lambda: CudaArray(ones(), mask=1)),
+    "has no memory": (BufferError, lambda: CudaArray(ones(), data=(0, False))),
+}
+
+
+def check_refusal(message):
+    error, make = REFUSALS[message]
+    weights = [CudaArray(ones())]
+    optimizer = Adamax()
+    optimizer.build(weights)
+    message = message.replace("grads", r"grads\[0\] \(variable 'variable_0'\)")
+    with pytest.raises(error, match=message):
+        optimizer.apply([make()])
+    assert weights[0].host.tolist() == ones().tolist()
+    assert optimizer.apply([CudaArray(ones())]) == 1
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refused_gradients(message):
+    emulated.run(check_refusal, message)
+
+
+def check_refused_variables():
+    with pytest.raises(BufferError, match=r"variables\[0\] is read-only"):
+        Adamax().build([read_only()])
+    with pytest.raises(ValueError, match=r"variables\[1\] .*in host memory; expected memory on"):
+        Adamax().build([CudaArray(ones()), ones()])
+    with pytest.raises(ValueError, match=r"variables\[1\] .*on CUDA device 1; expected .* host"):
+        Adamax().build([ones(), emulated.on_device_1(6, np.float32)])
+    with pytest.raises(TypeError, match=r"variables\[0\] is a StrangeArray on a GPU"):
+        Adamax().build([StrangeArray(ones())])
+    with pytest.raises(ValueError, match=r"buffers\[1\] is in host memory"):
+        adamax_ext.global_norm([CudaArray(ones()), ones()])
+    with pytest.raises(ValueError, match="u is in host memory"):
+        adamax_ext.update(*map(CudaArray, (ones(), ones(), ones())), ones(), step=1)
+    shared = ones()
+    with pytest.raises(ValueError, match="overlaps"):
+        Adamax().build([CudaArray(shared), CudaArray(shared)])
+
+
+class StrangeArray:
+    """Memory on a GPU, of a library without functions."""
+
+    def __init__(self, host):
+        self.array = CudaArray(host)
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.array.__cuda_array_interface__
+
+
+StrangeArray.__module__ = "strange"
+
+
+def test_refused_variables():
+    emulated.run(check_refused_variables)
