@@ -1,4 +1,4 @@
-"""Device buffers under the real bindings, on an emulated GPU: launches, streams, state, refusals."""
+"""Device buffers under the real bindings, on an emulated GPU: launches, streams, state, errors."""
 
 import pickle
 
