@@ -224,6 +224,7 @@ def profile(function):
     return [event.name for event in profiler.events()]
 
 
+@pytest.mark.filterwarnings("default")  # torch's profiler has some of its own
 def test_one_launch_and_no_synchronization():
     weights = [torch.ones(256, device="cuda") for _ in range(400)]
     grads = [torch.ones(256, device="cuda") for _ in range(400)]

@@ -176,7 +176,7 @@ class Device {
 
   static void require_usable(int device) {
     static std::atomic<std::uint64_t> known{0};  // devices found usable, a bit each
-    const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+    const std::uint64_t bit = device >= 0 && device < 64 ? std::uint64_t{1} << device : 0;
     if ((known & bit) != 0) return;
     Found found;
     found.device = device;
@@ -188,10 +188,12 @@ class Device {
       found.devices = 0;
       found.error = cudaGetErrorString(error);
     }
-    if (device < found.devices) {
+    if (device >= 0 && device < found.devices) {
       int major = 0, minor = 0;
-      check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "ask");
-      check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "ask");
+      check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+            "ask for the compute capability");
+      check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+            "ask for the compute capability");
       found.capability = 10 * major + minor;
     }
     std::vector<int> architectures{__CUDA_ARCH_LIST__};  // nvcc's, as 900 for 9.0
