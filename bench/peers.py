@@ -11,7 +11,8 @@ ratios. Keep the machine idle: a library whose threads wait for each other stops
 taken.
 
 The full step is: divide the gradients by the loss scale, clip them by their global norm, decay the
-weights, step, and average the weights.
+weights, step, and average the weights. Steps follow each other; those "after backward" come, as in
+training, each after a pass (not timed) over other memory that makes new gradients.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def plan(device: str, threads: int, quick: bool, anchor: str) -> list[list[Entry
             works[-1].append(Entry(works[-1][0].work, OURS, 1))
     add(power(large, full=True), *everyone)
     add(power(large, dtype="bfloat16"), *everyone)
-    add(Work(f"{many} x 256", ((256,),) * many), *everyone)
+    for backward in (False, True):
+        name = f"{many} x 256{' after backward' * backward}"
+        add(Work(name, ((256,),) * many, after_backward=backward), *everyone)
     if not quick:
         flat = (OURS_FLAT,) if device == "cpu" else ()
         add(Work("GPT-2 small", GPT2_SMALL), *flat, "torch AdamW, fused")

@@ -24,6 +24,7 @@ from contestants.base import RATE, Contestant, Work
 ADAM_RATE = 0.002  # for training: Adam wants smaller steps
 PAUSE = 0.01  # seconds before a turn: threads of the process before have stopped spinning
 LEAST_TIMED = 0.02  # seconds of timed work in a turn
+MOST_BACKWARD = 10  # passes in a turn: they take longer than the steps that are timed
 
 
 def arrays_like(work: Work, seed: int) -> list[Any]:
@@ -54,6 +55,7 @@ class Worker:
     def __init__(self, name: str, device: str, threads: int) -> None:
         self.kind, self.device, self.threads = CONTESTANTS[name], device, threads
         self.contestant: Contestant | None = None
+        self.activations = np.ones(2**22, np.float32)  # more than a core's own caches hold
 
     def start(self) -> dict[str, Any]:
         """Set thread counts, and do a step so that everything is imported and built."""
@@ -83,8 +85,11 @@ class Worker:
         contestant = self.kind(work, self.device, arrays_like(work, 0), RATE)
         for seed in (1, 2, 3):
             contestant.load(arrays_like(work, seed))
+            places = contestant.places()
             contestant.step()
         contestant.finish()
+        if contestant.places() != places:
+            raise RuntimeError("a step copies what it should write in place")
         return {"weights": np.concatenate([w.ravel() for w in contestant.weights()]).tolist()}
 
     def setup(self, work: dict[str, Any], bound_library: str | None) -> dict[str, Any]:
@@ -114,6 +119,8 @@ class Worker:
             if seconds < LEAST_TIMED:
                 seconds = min(seconds, self.timed(name, 1))
             self.steps[name] = math.ceil(LEAST_TIMED / seconds)
+            if self.work.after_backward:
+                self.steps[name] = min(self.steps[name], MOST_BACKWARD)
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew, without compilers
         time.sleep(PAUSE)
@@ -121,13 +128,21 @@ class Worker:
         return {"seconds": self.timed(name, self.steps[name])}
 
     def timed(self, name: str, steps: int) -> float:
+        """Return the seconds of a step: of many in a row, or of each after a backward pass."""
         assert self.contestant is not None
-        work, finish = self.turns[name], self.contestant.finish
-        start = time.perf_counter()
-        for _ in range(steps):
-            work()
-        finish()
-        return (time.perf_counter() - start) / steps
+        work, finish, seconds = self.turns[name], self.contestant.finish, 0.0
+        passes = steps if self.work.after_backward else 1
+        for _ in range(passes):
+            if self.work.after_backward:
+                self.activations += 1
+                self.contestant.backward()
+                finish()
+            start = time.perf_counter()
+            for _ in range(steps // passes):
+                work()
+            finish()
+            seconds += time.perf_counter() - start
+        return seconds / steps
 
     def teardown(self) -> dict[str, Any]:
         """Free everything; return the peak of memory since `setup`, without what was there before.

@@ -1,12 +1,15 @@
 """The benchmarks' tools: what is committed can be shown, and a change is told from noise."""
 
 import copy
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import run
+from support.building import run
 
 BENCH = Path(__file__).parent.parent / "bench"
 RESULTS = {path.name: path for path in sorted((BENCH / "results").glob("*.json"))}
@@ -24,6 +27,19 @@ def repeated(results, factor):
     if "benchmarks" in results:
         results["benchmarks"] *= 5
     return results
+
+
+def ask_worker(name, *commands):
+    """The answers of a contestant's process."""
+    answers = subprocess.run(
+        [sys.executable, BENCH / "worker.py", name, "cpu", "1"],
+        input="".join(f"{json.dumps(command)}\n" for command in commands),
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    return [json.loads(line) for line in answers.splitlines()]
 
 
 def test_there_are_results():
@@ -62,3 +78,29 @@ def test_compare(path, factor, verdict, tmp_path):
         assert agreeing > 0.9 * len(told)
         opposite = {"**slower**": "**faster**", "**faster**": "**slower**"}[verdict]
         assert not any(opposite in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("adamax_ext", "adamax_ext"),
+        ("adamax_ext, torch tensors", "torch"),
+        ("torch AdamW, fused", "torch"),
+        ("optax adamax, jit", "optax"),
+        ("Keras Adamax, JAX", "keras jax"),
+    ],
+)
+def test_contestant(name, packages):
+    """Three steps, which JAX must do in the place of what it was given, and some after backward."""
+    if not all(map(importlib.util.find_spec, packages.split())):
+        pytest.skip(f"needs {packages}, of which one is not installed")
+    work = {"name": "4 x 256", "shapes": [[256]] * 4, "after_backward": True}
+    plain, full, _, turn = ask_worker(
+        name,
+        {"do": "check", "full": False},
+        {"do": "check", "full": True},
+        {"do": "setup", "work": work, "bound_library": None},
+        {"do": "turn", "name": "step"},
+    )
+    assert plain.keys() == full.keys() == {"weights"}, (plain, full)
+    assert turn.keys() == {"seconds"}, turn

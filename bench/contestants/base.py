@@ -31,6 +31,7 @@ class Work:
     shapes: tuple[tuple[int, ...], ...]
     dtype: str = "float32"
     full: bool = False
+    after_backward: bool = False  # each step; else steps follow each other
 
     @property
     def elements(self) -> int:
@@ -65,6 +66,10 @@ class Contestant:
         """Put gradients, arrays in host memory, where the library wants them."""
         raise NotImplementedError
 
+    def backward(self) -> None:
+        """Make new gradients from the weights, those of the sum of their squares."""
+        self.load([w + w for w in self.weights()])
+
     def step(self) -> None:
         """Do a step, or enqueue it."""
         raise NotImplementedError
@@ -75,6 +80,10 @@ class Contestant:
     def weights(self) -> list[Any]:
         """Return the weights in host memory."""
         raise NotImplementedError
+
+    def places(self) -> list[int]:
+        """Where what a step should write in place lies, of a library that may copy it instead."""
+        return []
 
     def turns(self, bound_library: str | None, threads: int) -> Turns:
         """What can be timed on these arrays."""

@@ -1,5 +1,6 @@
 """optax, and Keras on its backends."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +17,42 @@ from contestants.base import (
     Contestant,
     Work,
 )
+from contestants.torch_peers import backward
 
 
-class Optax(Contestant):
-    """`optax.adamax` (`adamaxw` for the full step), all of a step in one jit, state donated."""
+class Jax(Contestant):
+    """A jit of a step that donates its `state`, the list of weights first.
+
+    JAX pairs donated buffers with results in order, and what does not fit is copied unseen: so the
+    state goes in and comes out in one order, and bench/worker.py checks `places`.
+    """
+
+    def compile(self, step: Callable[[Any, Any], Any], state: tuple[Any, ...]) -> None:
+        import jax
+
+        self.jax, self.state = jax, state
+        self.compiled = jax.jit(step, donate_argnums=0)
+        self.gradients = jax.jit(jax.grad(lambda weights: sum((w * w).sum() for w in weights)))
+
+    def backward(self) -> None:
+        self.grads = self.jax.block_until_ready(self.gradients(self.state[0]))
+
+    def step(self) -> None:
+        self.state = self.compiled(self.state, self.grads)
+
+    def finish(self) -> None:
+        self.jax.block_until_ready(self.state[0])
+
+    def weights(self) -> list[Any]:
+        # Copies: a buffer that somebody looks at cannot be donated.
+        return [np.array(w) for w in self.state[0]]
+
+    def places(self) -> list[int]:
+        return [leaf.unsafe_buffer_pointer() for leaf in self.jax.tree.leaves(self.state)]
+
+
+class Optax(Jax):
+    """`optax.adamax` (`adamaxw` for the full step), all of a step in one jit."""
 
     packages: ClassVar[tuple[str, ...]] = ("optax", "jax", "jaxlib")
 
@@ -27,7 +60,6 @@ class Optax(Contestant):
         import jax
         import optax
 
-        self.jax = jax
         betas = {"b1": BETA_1, "b2": BETA_2, "eps": EPSILON}
         optimizer = optax.adamax(rate, **betas)
         if work.full:
@@ -37,32 +69,20 @@ class Optax(Contestant):
                 optax.adamaxw(rate, **betas, weight_decay=WEIGHT_DECAY),
             )
 
-        def step(params: Any, state: Any, averages: Any, grads: Any) -> Any:
+        def step(state: Any, grads: Any) -> Any:
+            params, state, averages = state
             updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
             if work.full:
                 averages = optax.incremental_update(params, averages, 1 - EMA)
             return params, state, averages
 
-        self.compiled = jax.jit(step, donate_argnums=(0, 1, 2))
-        self.params = [jax.numpy.array(p) for p in params]
-        self.averages = [jax.numpy.array(p) for p in params] if work.full else []
-        self.state = optimizer.init(self.params)
+        averages = [jax.numpy.array(p) for p in params] if work.full else []
+        params = [jax.numpy.array(p) for p in params]
+        self.compile(step, (params, optimizer.init(params), averages))
 
     def load(self, grads: list[Any]) -> None:
         self.grads = [self.jax.numpy.array(g) for g in grads]
-
-    def step(self) -> None:
-        self.params, self.state, self.averages = self.compiled(
-            self.params, self.state, self.averages, self.grads
-        )
-
-    def finish(self) -> None:
-        self.jax.block_until_ready(self.params)
-
-    def weights(self) -> list[Any]:
-        # Copies: a buffer that somebody looks at cannot be donated.
-        return [np.array(p) for p in self.params]
 
 
 class Keras(Contestant):
@@ -71,7 +91,7 @@ class Keras(Contestant):
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
         import keras
 
-        self.keras, self.dtype, self.device = keras, work.dtype, device
+        self.keras, self.work, self.device = keras, work, device
         self.variables = [keras.Variable(p, dtype=work.dtype) for p in params]
         self.optimizer = keras.optimizers.Adamax(
             rate, BETA_1, BETA_2, EPSILON, **(FULL_OPTIONS if work.full else {})
@@ -80,7 +100,7 @@ class Keras(Contestant):
 
     def load(self, grads: list[Any]) -> None:
         convert = self.keras.ops.convert_to_tensor
-        self.grads = [convert(g, dtype=self.dtype) for g in grads]
+        self.grads = [convert(g, dtype=self.work.dtype) for g in grads]
 
     def weights(self) -> list[Any]:
         return [self.keras.ops.convert_to_numpy(v) for v in self.variables]
@@ -98,7 +118,12 @@ class KerasTorch(Keras):
         if self.variables[0].value.device.type != device:  # Keras takes what there is
             raise RuntimeError(f"Keras' torch backend found no {device} device")
 
+    def backward(self) -> None:
+        backward([v.value for v in self.variables])
+
     def step(self) -> None:
+        if self.work.after_backward:
+            self.grads = [v.value.grad for v in self.variables]
         with self.torch.no_grad():  # as in Keras' own training loop
             self.optimizer.apply(self.grads)
 
@@ -107,29 +132,20 @@ class KerasTorch(Keras):
             self.torch.cuda.synchronize()
 
 
-class KerasJax(Keras):
-    """What Keras' own training loop does with JAX: a jit of `stateless_apply`, state donated."""
+class KerasJax(Jax, Keras):
+    """What Keras' own training loop does with JAX: a jit of `stateless_apply`."""
 
     environment: ClassVar[dict[str, str]] = {"KERAS_BACKEND": "jax"}
     packages: ClassVar[tuple[str, ...]] = ("keras", "jax", "jaxlib")
 
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
         super().__init__(work, device, params, rate)
-        import jax
 
-        self.jax = jax
-        self.compiled = jax.jit(self.optimizer.stateless_apply, donate_argnums=(0, 2))
-        self.state = [v.value for v in self.optimizer.variables]
-        self.values = [v.value for v in self.variables]
+        def step(state: Any, grads: Any) -> Any:
+            return self.optimizer.stateless_apply(state[1], grads, state[0])
 
-    def step(self) -> None:
-        self.values, self.state = self.compiled(self.state, self.grads, self.values)
-
-    def finish(self) -> None:
-        self.jax.block_until_ready(self.values)
-
-    def weights(self) -> list[Any]:
-        return [np.array(value) for value in self.values]
+        both = (self.variables, self.optimizer.variables)
+        self.compile(step, tuple([v.value for v in variables] for variables in both))
 
 
 class KerasTensorflow(Keras):

@@ -16,7 +16,7 @@ from contestants.base import (
     Turns,
     Work,
 )
-from contestants.torch_peers import tensor
+from contestants.torch_peers import backward, tensor
 
 
 class BoundStream(ctypes.Structure):
@@ -130,17 +130,26 @@ class AdamaxExtTorch(AdamaxExt):
         import torch
 
         self.device, self.torch = device, torch
-        super().__init__(work, device, [tensor(p, device) for p in params], rate)
+        tensors = [tensor(p, device).requires_grad_(work.after_backward) for p in params]
+        super().__init__(work, device, tensors, rate)
 
     def load(self, grads: list[Any]) -> None:
         super().load([tensor(g, self.device) for g in grads])
+
+    def backward(self) -> None:
+        backward(self.params)
+
+    def step(self) -> None:
+        if self.work.after_backward:  # torch's optimizers collect them, too
+            self.grads = [p.grad for p in self.params]
+        super().step()
 
     def finish(self) -> None:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
     def weights(self) -> list[Any]:
-        return [p.cpu().numpy() for p in self.params]
+        return [p.detach().cpu().numpy() for p in self.params]
 
     def turns(self, bound_library: str | None, threads: int) -> Turns:
         if self.device == "cpu":

@@ -26,6 +26,15 @@ def tensor(array: Any, device: str) -> Any:
     return torch.from_numpy(array).to(device)
 
 
+def backward(leaves: list[Any]) -> None:
+    """Give tensors new gradients, as training does."""
+    import torch
+
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward([(leaf * leaf).sum() for leaf in leaves])
+
+
 class Torch(Contestant):
     """A torch optimizer; the full step as torch's users write it, with foreach functions."""
 
@@ -53,6 +62,9 @@ class Torch(Contestant):
                 p.grad = tensor(g, self.device)
             else:
                 p.grad.copy_(tensor(g, self.device))
+
+    def backward(self) -> None:
+        backward(self.params)
 
     def step(self) -> None:
         if not self.full:
