@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 from adamax_ext import Adamax
-from test_buffers import DLPackOnly, contents, torch_alias, values
+from support.memory import DLPackOnly, contents, torch_alias, values
 
 KINDS = ("momentum", "norm", "average", "gradient_accumulator")
 
@@ -168,7 +168,7 @@ def test_no_gradients_at_all_are_no_call():
 
 @pytest.mark.parametrize("missing", ["a", "bc"])
 def test_a_variable_without_gradient_is_skipped_with_a_warning(missing):
-    optimizer, parameters, grads = built(gradient_accumulation_steps=2)
+    optimizer, parameters, grads = built()
     grads = [None if name in missing else g for name, g in zip("abc", grads, strict=True)]
     watched = [[w, *a.values()] for w, a in zip(parameters, optimizer.state.values(), strict=True)]
     before = list(map(contents, watched))
@@ -269,6 +269,16 @@ def test_exclude_from_weight_decay(listed, patterns, expected, alias):
     optimizer.exclude_from_weight_decay(var_names=["."])  # which the next call replaces
     optimizer.exclude_from_weight_decay((alias(variables[i]) for i in listed), iter(patterns))
     assert decayed(optimizer, variables) == expected
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+def test_an_empty_variable_is_excluded_by_its_view(alias):
+    variables = [np.ones((2, 2)), np.ones((0, 3)), np.ones(3)]
+    optimizer = Adamax(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay([alias(variables[1]), alias(variables[2])])
+    optimizer.build(variables)
+    optimizer.apply([np.zeros_like(variable) for variable in variables])
+    assert [(variable != 1).any() for variable in variables] == [True, False, False]
 
 
 @pytest.mark.parametrize("part", [slice(0, 8), slice(0, 3), slice(0, 0), slice(1, 5)], ids=str)

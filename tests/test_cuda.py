@@ -7,7 +7,7 @@ import adamax_ext
 import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, schedules
-from support import PAIRS
+from support.bits import PAIRS
 
 torch = pytest.importorskip("torch", reason="needs torch")
 if not torch.cuda.is_available():

@@ -3,12 +3,12 @@
 import pickle
 
 import adamax_ext
-import emulated
 import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer
-from emulated import CudaArray, DLPackArray, TableArray, log_of
-from support import assert_same_bits, spread
+from support import emulated
+from support.bits import assert_same_bits, spread
+from support.emulated import CudaArray, DLPackArray, TableArray, log_of
 
 # ---- Launches, streams, memory -------------------------------------------------------------------
 
@@ -154,6 +154,7 @@ def check_state():
     assert state["momentum"].host.flags.f_contiguous
     values = [np.full((2, 3), float(i)) for i in range(3)]
     optimizer.set_weights([np.int64(4), np.float32(0.5), *map(CudaArray, values)])
+    state = optimizer.state["variable_0"]
     assert state["norm"].host.tolist() == values[2].tolist()
     with pytest.raises(ValueError, match=r"weights\[3\] must have shape \(2, 3\)"):
         optimizer.set_weights([np.int64(4), np.float32(0.5), values[0], values[0][:1], values[0]])
@@ -253,7 +254,7 @@ def test_refused_gradients(message):
 
 
 def check_refused_variables():
-    with pytest.raises(BufferError, match=r"variables\[0\] is read-only"):
+    with pytest.raises(BufferError, match=r"^variables\[0\] .*is read-only"):
         Adamax().build([read_only()])
     with pytest.raises(ValueError, match=r"variables\[1\] .*in host memory; expected memory on"):
         Adamax().build([CudaArray(ones()), ones()])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import adamax_ext
 import pytest
-from conftest import REPOSITORY, configure
+from support.building import REPOSITORY, configure
 
 ARCHITECTURES = adamax_ext.build_info()["cuda_architectures"]
 needs_kernels = pytest.mark.skipif(

@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, schedules
-from support import assert_same_bits, dtype_of, every_pair
-from test_schedules import load_keras
+from support.bits import assert_same_bits, dtype_of, every_pair
+from support.frameworks import load_keras
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -324,10 +324,13 @@ def test_config(settings):
 
 
 ABOVE_0, FROM_1 = "^initial_scale must be .*; received", "^dynamic_growth_steps must be an integer"
+OUTSIDE = r"^initial_scale must be a number in \[2\*\*-126, 2\*\*126\]; received"
 WRAPPED = LossScaleOptimizer(Adamax())
 REFUSED = [
     *((x, {}, TypeError, "must be an Adamax; received") for x in (None, Adamax, WRAPPED)),
     *((None, {"initial_scale": x}, ValueError, ABOVE_0) for x in (0, -1.0, NAN, INF)),
+    *((None, {"initial_scale": x}, ValueError, OUTSIDE) for x in (2.0**130, 1e-60, 2.0**-127)),
+    *((None, {"name": x}, TypeError, "name must be a string; received") for x in (3, b"name")),
     *((None, {"initial_scale": x}, TypeError, ABOVE_0) for x in (None, "1", True, 1j)),
     *((None, {"dynamic_growth_steps": x}, ValueError, FROM_1) for x in (0, -3, 1.5, None, True)),
     *((None, {name: 1.0}, TypeError, name) for name in ("unknown", "clipnorm")),
@@ -340,6 +343,54 @@ def test_constructor_refuses(inner, arguments, error, message):
     with pytest.raises(error, match=message):
         LossScaleOptimizer(adamax if arguments else inner, **arguments)
     assert adamax.loss_scale_factor == 3.0
+    optimizer = LossScaleOptimizer(Adamax())
+    before = optimizer.get_config()
+    for name in arguments.keys() & before.keys():
+        with pytest.raises(error, match=message):
+            setattr(optimizer, name, arguments[name])
+    assert optimizer.get_config() == before
+
+
+@pytest.mark.parametrize("name", ["dynamic_scale", "step_counter"])
+@pytest.mark.parametrize("value", [2.0**127, 1e-60, 0.0, -1, NAN, "1", None])
+def test_scale_and_counter_are_checked_when_assigned(name, value):
+    optimizer = LossScaleOptimizer(Adamax(), 8.0)
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must be "):
+        setattr(optimizer, name, value)
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (8.0, 0)
+
+
+@pytest.mark.parametrize(("edge", "value"), [(2.0**126, 1.0), (2.0**-126, NAN)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_at_the_edge_of_its_range_a_scale_stays_and_works(dtype, edge, value):
+    """Gradients of zero stay zero, others become small or large, and none becomes NaN."""
+    weights, optimizer = np.ones(3, dtype), LossScaleOptimizer(Adamax(0.5), edge, 1)
+    optimizer.build([weights])
+    for gradient in (0.0, value, 0.0 * value, 1.0):
+        optimizer.apply([np.full(3, gradient, dtype)])
+        assert np.isfinite(weights).all()
+        assert 2.0**-126 <= optimizer.dynamic_scale <= 2.0**126
+    assert optimizer.iterations == (4 if value == 1 else 2)
+    assert not np.isnan(optimizer.state["variable_0"]["norm"]).any()
+
+
+def test_growth_steps_below_the_counter_still_double_the_scale():
+    optimizer = LossScaleOptimizer(Adamax(), 8.0, dynamic_growth_steps=9)
+    optimizer.build([np.ones(3)])
+    optimizer.step_counter = 5
+    optimizer.dynamic_growth_steps = 3
+    optimizer.apply([np.ones(3)])
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (16.0, 0)
+
+
+def test_a_factor_that_is_assigned_to_the_inner_optimizer_is_without_effect():
+    """The scale is the one that changes."""
+    weights, expected = make_weights(), make_weights()
+    optimizer, other = (LossScaleOptimizer(Adamax(), 8.0) for _ in range(2))
+    optimizer.inner_optimizer.loss_scale_factor = 2.0
+    assert optimizer.apply(make_grads(0), list(weights.values())) == 1
+    assert other.apply(make_grads(0), list(expected.values())) == 1
+    assert_same(everything(optimizer, weights), everything(other, expected))
 
 
 def test_from_config_refuses_other_inner_optimizers():
@@ -347,3 +398,17 @@ def test_from_config_refuses_other_inner_optimizers():
     config["inner_optimizer"]["class_name"] = "Adam"
     with pytest.raises(ValueError, match="must be an Adamax; received 'Adam'"):
         LossScaleOptimizer.from_config(config)
+
+
+@pytest.mark.parametrize("config", [{}, {"inner_optimizer": "adamax"}], ids=str)
+def test_from_config_names_a_missing_inner_optimizer(config):
+    with pytest.raises(ValueError, match=r"^inner_optimizer must be an Adamax; received"):
+        LossScaleOptimizer.from_config(config)
+
+
+@pytest.mark.parametrize(("name", "value"), [("initial_scale", 8.0), ("inner_optimizer", Adamax())])
+def test_what_only_the_constructor_takes_cannot_be_assigned(name, value):
+    optimizer = LossScaleOptimizer(Adamax(), initial_scale=4.0)
+    with pytest.raises(ValueError, match=f"^{name} cannot be assigned"):
+        setattr(optimizer, name, value)
+    assert optimizer.dynamic_scale == 4.0

@@ -17,7 +17,8 @@ import threading
 import adamax_ext
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, schedules
-from conftest import LARGE, SMALL, Mxcsr, in_own_process, run, trained, use_threads
+from support.building import run
+from support.processes import LARGE, SMALL, Mxcsr, in_own_process, trained, use_threads
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux",
@@ -59,7 +60,7 @@ def instructions(path):
         elif (match := re.match(r"\s*([0-9a-f]+):\t((?:\{\w+\} )?)(\w+)\s*(.*)", line)) is not None:
             operands = re.sub(r"\s*(#|<).*", "", match[4])
             found.append((int(match[1], 16), function, match[3], operands))
-    assert len(found) > 20, "objdump printed no code"
+    assert len(found) > 10, "objdump printed no code"
     return found
 
 

@@ -3,156 +3,28 @@
 import itertools
 import multiprocessing
 import os
-import re
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import adamax_ext
 import numpy as np
 import pytest
-from adamax_ext import Adamax, _core, schedules
-from reference import BLOCK, ReferenceAdamax
-from support import (
-    assert_same_bits,
-    dtype_of,
-    each_thread_count,
-    every_16_bit_dtype,
-    every_isa,
-    every_pair,
-    is_testable,
-    memory_order,
-    rounded,
-    run_on,
-    spread,
-    widened,
+from adamax_ext import Adamax, _core
+from support.bits import assert_same_bits, dtype_of, every_16_bit_dtype, every_pair, rounded, spread
+from support.isas import each_thread_count, every_isa, run_on
+from support.reference import BLOCK
+from support.runs import (
+    AVERAGES,
+    CLIPPINGS,
+    DECAYS,
+    MICRO_BATCHES,
+    SCALES,
+    SKIPPED,
+    MixedReference,
+    assert_same_state,
+    check_run,
 )
-
-# Name, dtype, dtype of the gradient, shape, memory order: every pair, every kind of shape.
-VARIABLES = [
-    ("kernel", "float32", "float32", (5, 7), "C"),
-    ("fortran/kernel", "float32", "float16", (6, 11), "F"),
-    ("gain", "float32", "float32", (), "C"),
-    ("empty", "float32", "float32", (0, 3), "C"),
-    ("bias", "float32", "bfloat16", (83,), "C"),
-    ("double/kernel", "float64", "float64", (3, 4, 9), "F"),
-    ("half/kernel", "float16", "float16", (37,), "C"),
-    ("half/bias", "float16", "float32", (2, 17), "C"),
-    ("brain/kernel", "bfloat16", "bfloat16", (45,), "C"),
-    ("brain/bias", "bfloat16", "float32", (9, 2), "F"),
-]
-VARIABLES = [row for row in VARIABLES if is_testable(row[1], row[2])]
-PLAIN = {"learning_rate": 0.0371, "beta_1": 0.83, "beta_2": 0.957, "epsilon": 3.1e-5}
-KINDS = {"momentum": "m", "norm": "u", "average": "average", "gradient_accumulator": "accumulator"}
-
-
-class MixedReference(ReferenceAdamax):
-    """The program on variables of several dtypes: each is rounded to its own at every store."""
-
-    def build(self, variables):
-        # In the order of memory, in which sums are taken.
-        super().build([widened(memory_order(v)) for v in variables])
-        self.storages = {id(w): v.dtype for w, v in zip(self.variables, variables, strict=True)}
-
-    def apply(self, grads):
-        super().apply([None if g is None else memory_order(g) for g in grads])
-
-    def _store(self, w):
-        self.storage = self.storages[id(w)]
-        super()._store(w)
-
-
-def assert_same_state(ours, theirs, variables, label):
-    """Require equal bits of every weight and every state array, and equal counts."""
-    names = list(ours.state)
-    for i, (name, v) in enumerate(zip(names, variables, strict=True)):
-        weights = rounded(theirs.variables[i], v.dtype)
-        assert_same_bits(memory_order(v), weights, f"weights of {name} after {label}")
-        for kind, array in ours.state[name].items():
-            expected = getattr(theirs, KINDS[kind])[i]
-            assert_same_bits(memory_order(array), expected, f"{kind} of {name} after {label}")
-    assert ours.calls == theirs.calls, label
-
-
-class Rates:
-    """A rate of its own for every step that asks; the next one shows if it was asked twice."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def __call__(self):
-        self.asked += 1
-        return 0.05 / self.asked
-
-
-def rates_of_both(kind):
-    if kind == "callable":
-        return Rates(), Rates()
-    schedule = schedules.ExponentialDecay(0.05, decay_steps=3, decay_rate=0.7)
-
-    def program(calls):
-        return schedule(calls)
-
-    program.is_schedule = True
-    return schedule, program
-
-
-def check_run(
-    settings, *, variables=VARIABLES, calls=7, skipped=(), rate=None, excluded=(), place=lambda a: a
-):
-    """Drive both optimizers with the same gradients; compare everything after every call.
-
-    `skipped` holds (call, index of a variable) without a gradient; `excluded` names of variables
-    without weight decay. `place` makes what our optimizer gets of a NumPy array with that memory.
-    """
-    rng = np.random.default_rng(7)
-    settings = {**PLAIN, **settings}
-    names = [row[0] for row in variables]
-    weights = [
-        np.array(spread(rng, shape, dtype_of(dtype)), order=order)
-        for _, dtype, _, shape, order in variables
-    ]
-    our_rate, their_rate = rates_of_both(rate) if rate else [settings["learning_rate"]] * 2
-    ours = Adamax(**settings | {"learning_rate": our_rate})
-    indices = [names.index(name) for name in excluded]
-    theirs = MixedReference(**settings | {"learning_rate": their_rate}, excluded=indices)
-    if excluded:  # the first by its memory, the others by name
-        patterns = [f"^{re.escape(name)}$" for name in excluded[1:]]
-        ours.exclude_from_weight_decay([place(weights[indices[0]])], patterns)
-    placed = [place(w) for w in weights]
-    ours.build(placed, names)
-    theirs.build(weights)
-    for call in range(calls):
-        grads = [
-            None
-            if (call, i) in skipped
-            else np.array(spread(rng, shape, dtype_of(grad)), order=order)
-            for i, (_, _, grad, shape, order) in enumerate(variables)
-        ]
-        lent = [None if g is None else place(g) for g in grads]
-        pairs = [(g, w) for g, w in zip(lent, placed, strict=True) if g is not None]
-        in_order = call % 2 == 0  # else by their variables, of which some are then left out
-        missing = [name for name, g in zip(names, grads, strict=True) if in_order and g is None]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            count = ours.apply(lent) if in_order else ours.apply_gradients(pairs[::-1])
-        assert count == call + 1
-        assert len(caught) == bool(missing)
-        assert all(name in str(w.message) for w in caught for name in missing)
-        theirs.apply(grads)
-        assert_same_state(ours, theirs, weights, f"call {call} with {settings}")
-        assert ours.iterations == (call + 1) // (ours.gradient_accumulation_steps or 1)
-
-
-CLIPPINGS = [{}, {"clipnorm": 1.7}, {"clipvalue": 0.61}, {"global_clipnorm": 4.3}]
-MICRO_BATCHES = [{}, {"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 3}]
-AVERAGES = [
-    {},
-    {"use_ema": True, "ema_momentum": 0.871},
-    {"use_ema": True, "ema_momentum": 0.871, "ema_overwrite_frequency": 2},
-]
-DECAYS = [({}, ()), ({"weight_decay": 0.213}, ("half/kernel", "kernel", "fortran/kernel"))]
-SCALES = [{}, {"loss_scale_factor": 3.7}]
-SKIPPED = {(0, 0), (2, 1), (2, 4), (3, 4), (3, 5), (4, 6), (5, 0), (5, 2), (5, 7)}
+from support.steps import SETTINGS, native
 
 
 def check_combinations(clipping, micro_batches):
@@ -209,7 +81,7 @@ def check_poison(dtype):
     for clipping, poison, batches in itertools.product(
         CLIPPINGS[1:], (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-42, 3e38), (None, 2)
     ):
-        settings = {**PLAIN, **clipping, "use_ema": True, "gradient_accumulation_steps": batches}
+        settings = {**SETTINGS, **clipping, "use_ema": True, "gradient_accumulation_steps": batches}
         weights = [np.ones(n, dtype_of(dtype)) for n in (40, 17)]
         ours, theirs = Adamax(**settings), MixedReference(**settings)
         ours.build(weights)
@@ -288,9 +160,10 @@ def check_lengths(param, grad, byte_shift):
     """Accumulate, clip, update and average n elements for every n, at every offset."""
     rng = np.random.default_rng(2)
     storage = dtype_of(param)
-    plain = {**PLAIN, "weight_decay": 0.213, "global_clipnorm": 4.3, "ema_momentum": 0.871}
-    plain["gradient_accumulation_steps"] = 2
-    program = MixedReference(**plain, use_ema=True)
+    shared = {**SETTINGS, "weight_decay": 0.213, "ema_momentum": 0.871}
+    program = MixedReference(
+        **shared, global_clipnorm=4.3, gradient_accumulation_steps=2, use_ema=True
+    )
     program.build([spread(rng, n, storage) for n in LENGTHS])
     for kind in STREAMS[1:]:
         setattr(program, kind, [abs(spread(rng, n, program.m[0].dtype)) for n in LENGTHS])
@@ -312,24 +185,23 @@ def check_lengths(param, grad, byte_shift):
             )
 
         placed = {kind: place(kind, arrays) for kind, arrays in kinds.items()}
-        views = [views for _, views in placed.values()]
-        plan = _core.Plan(views[0], [str(n) for n in LENGTHS], *views[1:], [True] * len(LENGTHS))
+        params, momentum, norm, averages, accumulators = (views for _, views in placed.values())
+        plan = _core.Plan(
+            tuple(params),
+            [str(n) for n in LENGTHS],
+            [0] * len(LENGTHS),
+            momentum=momentum,
+            norm=norm,
+            averages=averages,
+            accumulators=accumulators,
+        )
         for call, grads in enumerate(calls):
             _, lent = lay_out(grads, offset, byte_shift)
+            group = native(_core.Group, **shared, step=call // 2 + 1)
+            what = {"global_clipnorm": 4.3, "micro_batches": 2, "accumulate_only": call % 2 == 0}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                plan.step(
-                    with_gaps(call, lent),
-                    None,
-                    step=call // 2 + 1,
-                    loss_scale=1.0,
-                    accumulate_only=call % 2 == 0,
-                    overwrite=False,
-                    require_finite=False,
-                    clipnorm=None,
-                    clipvalue=None,
-                    **plain,
-                )
+                plan.step(tuple(with_gaps(call, lent)), None, [group], native(_core.Call, **what))
         for kind in STREAMS:
             expected, _ = place(kind, getattr(program, kind))
             wrong = np.flatnonzero(placed[kind][0] != expected)
@@ -352,7 +224,7 @@ def test_every_length_and_offset_between_guards(isa, param, grad, byte_shift):
 def test_micro_batches_equal_one_batch_as_large(k, clipping, average):
     """Whole numbers, so that sums and means are exact."""
     rng = np.random.default_rng(9)
-    settings = {**PLAIN, **clipping, **average, "weight_decay": 0.213, "loss_scale_factor": 4.0}
+    settings = {**SETTINGS, **clipping, **average, "weight_decay": 0.213, "loss_scale_factor": 4.0}
     start = [spread(rng, n, d) for n, d in [(53, "float32"), (7, "float64"), (9, "float16")]]
     small, large = Adamax(**settings, gradient_accumulation_steps=k), Adamax(**settings)
     ours, theirs = ([w.copy() for w in start] for _ in range(2))
@@ -375,6 +247,18 @@ def test_micro_batches_equal_one_batch_as_large(k, clipping, average):
     assert small.calls == 5 * k
 
 
+@pytest.mark.filterwarnings("ignore:no gradient for 'a'")
+def test_no_gradient_in_the_last_micro_batch():
+    one, norms = np.ones(3, np.float32), []
+    optimizer = Adamax(gradient_accumulation_steps=2)
+    optimizer.build({"a": one.copy(), "b": one.copy()})
+    for gradient in (one, None, one, one, None, None):
+        optimizer.apply([gradient, one])
+        norms.append(optimizer.state["a"]["norm"].max())
+    assert norms == [0, 0.5, 0.5, 1, 1, 1]
+    assert optimizer.iterations == 3
+
+
 def test_state_counts_and_order():
     weights = {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float64)}
     a, b = weights.values()
@@ -395,7 +279,7 @@ def test_state_counts_and_order():
         assert all(x is y for x, y in zip(arrays, live, strict=True))
     with pytest.warns(UserWarning, match="'b'"):
         optimizer.apply([a.copy(), None])
-    assert optimizer.state["b"]["gradient_accumulator"][0, 0] == 2.5  # kept for the next update
+    assert not optimizer.state["b"]["gradient_accumulator"].any()  # used without a last gradient
     optimizer.finalize_variable_values([b])
     assert (b == optimizer.state["b"]["average"]).all()
     assert (a != optimizer.state["a"]["average"]).all()

@@ -13,11 +13,13 @@ import adamax_ext
 import numpy as np
 import pytest
 from adamax_ext import _core, functional, loss_scale, optimizer, schedules
-from conftest import REPOSITORY, cmake, configure, run
+from support.building import REPOSITORY, cmake, configure, run
 
 PACKAGE = importlib.resources.files("adamax_ext")
 # pybind11 gives its classes a metaclass, which a stub cannot name.
-ACCEPTED_BY_STUBTEST = "adamax_ext._core.Plan\nadamax_ext._core.IeeeMode\n"
+ACCEPTED_BY_STUBTEST = "".join(
+    f"adamax_ext._core.{name}\n" for name in ("Call", "Group", "IeeeMode", "Plan")
+)
 
 
 def documented():
@@ -95,7 +97,8 @@ def test_stub_has_the_arguments_of_the_module():
                 continue
             signature = getattr(owner, function.name).__doc__.splitlines()[0]
             names, returned = re.findall(r"(\w+): ", signature), signature.split(" -> ")[1]
-            assert [argument.arg for argument in function.args.args if argument.arg != "self"] == [
+            arguments = [*function.args.args, *function.args.kwonlyargs]
+            assert [argument.arg for argument in arguments if argument.arg != "self"] == [
                 name for name in names if name != "self"
             ], function.name
             declared = ast.unparse(function.returns)
@@ -184,6 +187,7 @@ def expected_of_consumer():
         use_ema=True,
         ema_momentum=0.7,
     )
+    trained.exclude_from_weight_decay(weights[1:])
     trained.build(weights)
     for step in range(1, 6):
         gradient = numbers(37, step, np.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from adamax_ext import Adamax
-from conftest import run
+from support.building import run
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SETTINGS = [

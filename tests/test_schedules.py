@@ -1,11 +1,9 @@
 """Schedules: values by hand, parity with Keras in float64, configs both ways, every refusal."""
 
 import copy
-import importlib.util
 import inspect
 import json
 import math
-import os
 import pickle
 import re
 from fractions import Fraction
@@ -22,16 +20,9 @@ from adamax_ext.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
+from support.frameworks import load_keras
 
 HALF = math.sqrt(0.5)
-
-
-def load_keras():
-    """Return the module keras, or skip the test with the reason why there is none."""
-    if "KERAS_BACKEND" not in os.environ:
-        has_torch = importlib.util.find_spec("torch") is not None
-        os.environ["KERAS_BACKEND"] = "torch" if has_torch else "numpy"
-    return pytest.importorskip("keras", reason="parity needs keras, which cannot be imported")
 
 
 @pytest.fixture
@@ -288,7 +279,7 @@ def test_own_schedules():
     config = schedules.serialize(Constant(0.5))
     assert (config["module"], config["class_name"]) == (__name__, "Constant")
     assert Constant.from_config(config["config"])(7) == 0.5
-    with pytest.raises(ValueError, match=r"'Constant' of module .*: use its own from_config"):
+    with pytest.raises(ValueError, match=r"'Constant' of module .*: pass it in custom_objects"):
         schedules.deserialize(config)
     with pytest.raises(NotImplementedError, match=r"Unsaved must define get_config\(\)"):
         schedules.serialize(Unsaved())

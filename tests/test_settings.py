@@ -31,6 +31,7 @@ REAL = [
     (("loss_scale_factor",), (0, -2.0), (1, 2**15, 0.5, None)),
 ]
 INTEGERS = [("ema_overwrite_frequency", 1), ("gradient_accumulation_steps", 2)]
+FIXED = ("use_ema", "gradient_accumulation_steps")  # once built
 OPTIONAL = {name for name, p in inspect.signature(Adamax).parameters.items() if p.default is None}
 
 
@@ -52,8 +53,18 @@ def named(table):
 
 @pytest.mark.parametrize(("name", "value", "error"), named(bad_settings()))
 def test_refused_settings(name, value, error):
-    with pytest.raises(error, match=rf"^{name} must be .*; received {re.escape(repr(value))}$"):
+    message = rf"^{name} must be .*; received {re.escape(repr(value))}$"
+    with pytest.raises(error, match=message):
         Adamax(**{name: value})
+    optimizer = Adamax()
+    before = optimizer.get_config()
+    with pytest.raises(error, match=message):
+        setattr(optimizer, name, value)
+    optimizer.build([np.ones(3)])
+    if name not in FIXED:
+        with pytest.raises(error, match=message):
+            setattr(optimizer, name, value)
+    assert optimizer.get_config() == before
 
 
 @pytest.mark.parametrize(
@@ -65,11 +76,13 @@ def test_refused_settings(name, value, error):
     ),
 )
 def test_good_settings(name, value):
-    optimizer = Adamax(**{name: value})
-    stored = getattr(optimizer, name)
-    assert stored == value
-    assert type(stored) in (type(None), float, int, bool, str)  # what a config can hold
-    assert optimizer.apply([np.ones(3)], [np.ones(3)]) == 1
+    optimizer, assigned = Adamax(**{name: value}), Adamax()
+    setattr(assigned, name, value)
+    for each in (optimizer, assigned):
+        stored = getattr(each, name)
+        assert stored == value
+        assert type(stored) in (type(None), float, int, bool, str)  # what a config can hold
+        assert each.apply([np.ones(3)], [np.ones(3)]) == 1
 
 
 def test_at_most_one_clip():
@@ -79,6 +92,59 @@ def test_at_most_one_clip():
         received = ", ".join(f"{name}={value}" for name, value in given.items())
         with pytest.raises(ValueError, match=f"^at most one of .*; received {received}$"):
             Adamax(**given)
+
+
+def test_at_most_one_clip_by_assignment():
+    optimizer = Adamax(clipnorm=1.0)
+    for build in (False, True):
+        if build:
+            optimizer.build([np.ones(3)])
+        for name in ("clipvalue", "global_clipnorm"):
+            with pytest.raises(ValueError, match=rf"^at most one .*clipnorm=1\.0.* {name}=2\.0"):
+                setattr(optimizer, name, 2)
+            assert (optimizer.clipnorm, getattr(optimizer, name)) == (1, None)
+    optimizer.clipnorm = None
+    optimizer.clipvalue = 2
+
+
+ASSIGNED = [
+    *({name: 0.25} for name in ("beta_1", "beta_2", "epsilon", "weight_decay", "ema_momentum")),
+    *({name: 0.5} for name in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor")),
+    {"ema_overwrite_frequency": 2},
+]
+
+
+@pytest.mark.parametrize("settings", ASSIGNED, ids=str)
+def test_assigned_settings_take_effect_with_the_next_call(settings):
+    def trained(early, late):
+        parameters = [np.ones(3), np.ones(2)]
+        optimizer = Adamax(use_ema=True, **early)
+        optimizer.exclude_from_weight_decay(var_names=["1"])
+        optimizer.build(parameters)
+        begin = optimizer.state_dict()
+        for step in range(8):
+            if step == 3:  # begin anew, with other settings
+                for name, value in late.items():
+                    setattr(optimizer, name, value)
+                optimizer.load_state_dict(begin)
+                for parameter in parameters:
+                    parameter[...] = 2
+            optimizer.apply([np.arange(3.0) + 9 - step, np.full(2, 0.125)])
+        return bits(*parameters, *optimizer.variables)
+
+    assert trained({}, settings) == trained(settings, {}) != trained({}, {})
+
+
+@pytest.mark.parametrize("value", [True, False, None, 2, 3])
+@pytest.mark.parametrize("name", FIXED)
+def test_what_has_arrays_is_fixed_by_build(name, value):
+    optimizer = Adamax(use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build([np.ones(3)])
+    before = optimizer.get_config()
+    error = TypeError if name == "use_ema" and value not in (True, False) else ValueError
+    with pytest.raises(error, match=rf"^{name} "):
+        setattr(optimizer, name, value)
+    assert optimizer.get_config() == before
 
 
 @pytest.mark.parametrize("keyword", ["lr", "decay", "amsgrad", "beta1", "foreach"])
@@ -255,6 +321,14 @@ def test_update_refuses_settings(name, value):
     assert all((buffer == 1).all() for buffer in buffers.values())
     shown = repr(value) if isinstance(value, (str, type(None))) else str(value)
     assert re.match(f"{name} must be .*; received {re.escape(shown)}", str(caught.value))
+
+
+def test_an_epsilon_of_0_is_legal_inside_of_the_maximum():
+    param, grad, m, u = np.ones(3), np.full(3, 0.5), np.zeros(3), np.zeros(3)
+    adamax_ext.update(
+        param, grad, m, u, step=1, learning_rate=0.25, epsilon=0, epsilon_mode="inside"
+    )
+    assert (param.tolist(), u.tolist()) == ([0.75] * 3, [0.5] * 3)
 
 
 def test_update_refuses_unknown_and_missing_arguments():

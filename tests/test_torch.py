@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 from adamax_ext import Adamax, update
-from support import assert_same_bits, dtype_of, every_16_bit_dtype, every_pair
+from support.bits import assert_same_bits, dtype_of, every_16_bit_dtype, every_pair
 
 torch = pytest.importorskip("torch", reason="needs torch, which cannot be imported")
 
@@ -302,7 +302,6 @@ def test_new_data_that_does_not_fit_is_refused(swap, error, message):
 @pytest.mark.parametrize(
     ("grad", "error", "message"),
     [
-        (torch.ones(4).to_sparse(), BufferError, "did not export its memory by DLPack"),
         (torch.ones(4).to(torch.float8_e4m3fn), TypeError, "has dtype"),
         (torch.ones(4, dtype=torch.complex64), TypeError, "has dtype"),
         (torch.ones(4, dtype=torch.float64), TypeError, "has dtype float64 but .* float32"),
@@ -329,9 +328,9 @@ def test_a_parameter_of_jax_is_refused():
     jax = pytest.importorskip("jax", reason="needs jax")
     parameter, grad = jax.numpy.ones(3), np.ones(3, np.float32)
     optimizer = Adamax()
-    with pytest.raises(BufferError, match=r"^variables\[0\] is read-only .*immutable"):
+    with pytest.raises(BufferError, match=r"^variables\[0\] .*is read-only .*immutable"):
         optimizer.build([parameter])
-    with pytest.raises(BufferError, match=r"^variables\[0\] is read-only .*immutable"):
+    with pytest.raises(BufferError, match=r"^variables\[0\] .*is read-only .*immutable"):
         optimizer.apply([grad], [parameter])
     assert not optimizer.built
     for role in range(3):

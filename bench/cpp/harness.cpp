@@ -23,12 +23,14 @@ namespace {
 
 using adamax::Call;
 using adamax::DType;
-using adamax::Hyperparameters;
+using adamax::Group;
+using adamax::Storage;
 using Action = std::function<void()>;
 using Sizes = std::vector<std::int64_t>;
 
 constexpr DType kF32 = DType::kFloat32;
-constexpr adamax::DTypePair kFloats{kF32, kF32};
+constexpr Storage kFloats{kF32, kF32, kF32};
+constexpr Storage kBFloats{DType::kBFloat16, DType::kBFloat16, kF32};
 
 double seconds(const Action& action, int times) {
   const auto start = std::chrono::steady_clock::now();
@@ -116,7 +118,7 @@ struct Setting {
 int threads_of_step(const Memory& memory) {
   std::int64_t bytes = 0;
   for (const adamax::Variable& v : memory.variables()) {
-    bytes += 4 * v.size * static_cast<std::int64_t>(itemsize(compute_dtype(v.param_dtype)));
+    bytes += 4 * v.size * static_cast<std::int64_t>(itemsize(compute_dtype(v.storage.param)));
   }
   return adamax::cpu::threads_for(bytes);
 }
@@ -130,22 +132,22 @@ void add(const std::string& name, std::function<void(benchmark::State&)> body) {
 
 std::string elements_of(std::int64_t n) { return "/elements:" + std::to_string(n); }
 
-std::string pair_name(adamax::DTypePair pair) {
-  return "/pair:" + std::string(dtype_name(pair.param)) + "-" + std::string(dtype_name(pair.grad));
+std::string pair_name(const Storage& storage) {
+  return "/pair:" + std::string(dtype_name(storage.param)) + "-" +
+         std::string(dtype_name(storage.grad));
 }
 
 void add_step(const std::string& name, const Sizes& sizes, const Streams& streams,
-              const Hyperparameters& hyperparameters, const Setting& setting,
-              double loss_scale = 1.0) {
+              const Group& group, const Setting& setting, const Call& call = {}) {
   add(name, [=](benchmark::State& state) {
     setting.apply();
     const Memory memory(sizes, streams);
     std::vector<std::vector<bound_stream>> passes{memory.step_streams()};
-    if (hyperparameters.global_clipnorm) passes.push_back(memory.norm_streams());
-    // Past the first step, on which an average is started and not averaged.
-    const Call call{.step = 2, .loss_scale = loss_scale};
+    if (call.clip.rule != adamax::ClipRule::kNone) passes.push_back(memory.norm_streams());
+    Group past_first = group;  // on the first step an average is started and not averaged
+    past_first.step = 2;
     report(state, memory.elements(), threads_of_step(memory), passes,
-           [&] { adamax::step(memory.variables(), hyperparameters, call); });
+           [&] { adamax::step(memory.variables(), past_first, call); });
   });
 }
 
@@ -162,16 +164,16 @@ void add_size_benchmarks() {
 
 void add_dtype_benchmarks() {
   const Setting setting;
-  for (const adamax::DTypePair pair : adamax::kPairs) {
+  for (const Storage& storage : adamax::kStorages) {
     for (const bool average : {false, true}) {
       for (const bool accumulator : {false, true}) {
         for (const int exponent : {14, 20, 24}) {
           const std::int64_t n = std::int64_t{1} << exponent;
           const std::string work = std::string("plain") + (average ? "+average" : "") +
                                    (accumulator ? "+accumulator" : "");
-          add_step("step" + pair_name(pair) + "/work:" + work + setting.name() + elements_of(n),
-                   {n}, {pair, average, accumulator},
-                   {.gradient_accumulation_steps = accumulator ? 4 : 1}, setting);
+          add_step("step" + pair_name(storage) + "/work:" + work + setting.name() + elements_of(n),
+                   {n}, {storage, average, accumulator}, {}, setting,
+                   {.micro_batches = accumulator ? 4 : 1});
         }
       }
     }
@@ -182,22 +184,22 @@ void add_rule_benchmarks() {
   const Setting setting;
   const struct {
     const char* name;
-    Hyperparameters hyperparameters;
+    Group group;
   } rules[] = {
       {"decoupled", {.weight_decay = 0.01}},
-      {"l2", {.weight_decay = 0.01, .decay = adamax::Decay::kL2}},
-      {"inside", {.epsilon_mode = adamax::EpsilonMode::kInside}},
+      {"l2", {.weight_decay = 0.01, .decay = adamax::DecayRule::kL2}},
+      {"inside", {.epsilon_rule = adamax::EpsilonRule::kInside}},
       {"l2+inside",
        {.weight_decay = 0.01,
-        .decay = adamax::Decay::kL2,
-        .epsilon_mode = adamax::EpsilonMode::kInside}},
+        .decay = adamax::DecayRule::kL2,
+        .epsilon_rule = adamax::EpsilonRule::kInside}},
       {"clipvalue", {.clipvalue = 0.5}},
   };
   for (const auto& rule : rules) {
     for (const int exponent : {14, 24}) {
       const std::int64_t n = std::int64_t{1} << exponent;
       add_step(std::string("rule/rule:") + rule.name + setting.name() + elements_of(n), {n}, {},
-               rule.hyperparameters, setting);
+               rule.group, setting);
     }
   }
 }
@@ -207,10 +209,10 @@ void add_isa_benchmarks() {
   for (const std::string& isa : adamax::available_isas()) {
     for (const int threads : thread_counts) {
       const Setting setting{isa, threads};
-      for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+      for (const Storage& storage : {kFloats, kBFloats}) {
         for (const int exponent : {14, 20, 24}) {
           const std::int64_t n = std::int64_t{1} << exponent;
-          add_step("isa" + pair_name(pair) + setting.name() + elements_of(n), {n}, {pair}, {},
+          add_step("isa" + pair_name(storage) + setting.name() + elements_of(n), {n}, {storage}, {},
                    setting);
         }
       }
@@ -221,12 +223,13 @@ void add_isa_benchmarks() {
 // Everything at once: unscale, norm over all gradients, decay, average: 40 bytes a float32 element.
 void add_full_benchmarks() {
   const Setting setting;
-  const Hyperparameters full{.weight_decay = 0.01, .global_clipnorm = 1.0};
-  for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+  const Group full{.weight_decay = 0.01};
+  const Call call{.grad_scale = 1.0 / 1024, .clip = {adamax::ClipRule::kGlobalNorm, 1.0}};
+  for (const Storage& storage : {kFloats, kBFloats}) {
     for (const int exponent : {14, 20, 24, 26}) {
       const std::int64_t n = std::int64_t{1} << exponent;
-      add_step("full" + pair_name(pair) + setting.name() + elements_of(n), {n},
-               {pair, /*average=*/true}, full, setting, 1024.0);
+      add_step("full" + pair_name(storage) + setting.name() + elements_of(n), {n},
+               {storage, /*average=*/true}, full, setting, call);
     }
   }
 }
@@ -239,8 +242,8 @@ void add_norm_benchmarks() {
       add("norm/dtype:" + std::string(dtype_name(dtype)) + setting.name() + elements_of(n),
           [=](benchmark::State& state) {
             setting.apply();
-            const Memory memory(std::vector{n}, {.pair = {dtype, dtype}});
-            const adamax::ConstBuffer gradient{dtype, n, memory.variables()[0].grad};
+            const Memory memory(std::vector{n}, {{dtype, dtype, adamax::compute_dtype(dtype)}});
+            const adamax::ConstBuffer gradient{dtype, n, memory.variables()[0].memory.grad};
             const auto bytes = n * static_cast<std::int64_t>(itemsize(dtype));
             report(state, n, adamax::cpu::threads_for(bytes), {memory.norm_streams()},
                    [&] { benchmark::DoNotOptimize(adamax::global_norm({&gradient, 1})); });
@@ -251,16 +254,15 @@ void add_norm_benchmarks() {
 
 void add_accumulate_benchmarks() {
   const Setting setting;
-  for (const adamax::DTypePair pair : {kFloats, {DType::kBFloat16, DType::kBFloat16}}) {
+  for (const Storage& storage : {kFloats, kBFloats}) {
     for (const int exponent : {14, 20, 24, 26}) {
       const std::int64_t n = std::int64_t{1} << exponent;
-      add("accumulate" + pair_name(pair) + setting.name() + elements_of(n),
+      add("accumulate" + pair_name(storage) + setting.name() + elements_of(n),
           [=](benchmark::State& state) {
             setting.apply();
-            const Memory memory(std::vector{n}, {.pair = pair, .accumulator = true});
+            const Memory memory(std::vector{n}, {.storage = storage, .accumulator = true});
             report(state, n, threads_of_step(memory), {memory.accumulate_streams()}, [&] {
-              adamax::step(memory.variables(), {.gradient_accumulation_steps = 1 << 20},
-                           {.accumulate_only = true});
+              adamax::step(memory.variables(), Group{}, {.phase = adamax::Phase::kAccumulate});
             });
           });
     }
@@ -299,6 +301,26 @@ void add_tensor_benchmarks() {
   }
 }
 
+// As many groups as variables: what a group costs beside a variable.
+void add_group_benchmarks() {
+  const Setting setting;
+  constexpr int kVariables = 465;
+  for (const int groups : {1, kVariables}) {
+    add("groups/list:465x256/groups:" + std::to_string(groups) + setting.name() +
+            elements_of(kVariables * 256),
+        [=](benchmark::State& state) {
+          setting.apply();
+          const Memory memory(Sizes(kVariables, 256), {});
+          std::vector<adamax::Variable> variables(memory.variables().begin(),
+                                                  memory.variables().end());
+          for (int i = 0; i < kVariables; ++i) variables[i].group = i % groups;
+          const std::vector<Group> settings(groups, Group{.step = 1000});
+          report(state, memory.elements(), threads_of_step(memory), {memory.step_streams()},
+                 [&] { adamax::step(variables, settings); });
+        });
+  }
+}
+
 // State that would be subnormal, and gradients that are 0: the step must not become slower. The
 // state is set before every step, so the time of a normal state set likewise stands beside it.
 void add_subnormal_benchmarks() {
@@ -316,7 +338,7 @@ void add_subnormal_benchmarks() {
             std::vector<double> times;
             for (int round = 0; round < 200; ++round) {
               memory.fill_state(size, size);
-              times.push_back(seconds([&] { adamax::step(memory.variables(), {}, {}); }, 1));
+              times.push_back(seconds([&] { adamax::step(memory.variables(), Group{}); }, 1));
             }
             state.SetIterationTime(quantile(times, 0.5));
             state.counters["ns_per_element"] = 1e9 * quantile(times, 0.5) / n;
@@ -345,6 +367,7 @@ int main(int argc, char** argv) {
   add_norm_benchmarks();
   add_accumulate_benchmarks();
   add_tensor_benchmarks();
+  add_group_benchmarks();
   add_subnormal_benchmarks();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;

@@ -67,9 +67,9 @@ bound_stream Memory::Block::stream(bool written) const {
 
 Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
   for (const std::int64_t size : sizes) elements_ += size;
-  const DType state = adamax::compute_dtype(streams.pair.param);
-  param_.allocate(streams.pair.param, elements_);
-  grad_.allocate(streams.pair.grad, elements_);
+  const DType state = streams.storage.state;
+  param_.allocate(streams.storage.param, elements_);
+  grad_.allocate(streams.storage.grad, elements_);
   momentum_.allocate(state, elements_);
   norm_.allocate(state, elements_);
   if (streams.average) average_.allocate(state, elements_);
@@ -86,8 +86,10 @@ Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
       char* const data = static_cast<char*>(block.data.get());
       return data == nullptr ? nullptr : data + begin * adamax::itemsize(block.dtype);
     };
-    variables_.push_back({streams.pair.param, streams.pair.grad, size, at(param_), at(grad_),
-                          at(momentum_), at(norm_), at(average_), at(accumulator_)});
+    variables_.push_back(
+        {{at(param_), at(grad_), at(momentum_), at(norm_), at(average_), at(accumulator_)},
+         size,
+         streams.storage});
     begin += size;
   }
 }

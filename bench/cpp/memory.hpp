@@ -13,7 +13,7 @@
 namespace adamax_bench {
 
 struct Streams {
-  adamax::DTypePair pair{adamax::DType::kFloat32, adamax::DType::kFloat32};
+  adamax::Storage storage = adamax::kStorages[0];  // all float32
   bool average = false;
   bool accumulator = false;
 };

@@ -1,27 +1,19 @@
-// Imports memory: NumPy arrays directly, DLPack by its C table or its method, CUDA arrays, then the
-// buffer protocol.
+// Imports memory: finds out once what a type offers, and takes the first of NumPy's struct, DLPack,
+// CUDA's array interface and the buffer protocol.
 #include "bindings/buffer.hpp"
 
 #include <pybind11/numpy.h>
 
-#include <algorithm>
-#include <cstring>
-#include <optional>
+#include <atomic>
+#include <mutex>
+#include <string>
 #include <unordered_map>
 
-#include "bindings/dlpack.hpp"
-#include "bindings/gpu.hpp"
+#include "bindings/backend.hpp"
+#include "bindings/importers.hpp"
 
 namespace adamax::bindings {
-
-void throw_dtype(const Label& label, const std::string& received) {
-  throw py::type_error(label.text() + " has dtype " + received +
-                       "; expected float32, float64, float16 or bfloat16");
-}
-
 namespace {
-
-// ---- What a type offers -------------------------------------------------------------------------
 
 enum class Protocol {
   kNumPy,
@@ -33,20 +25,39 @@ enum class Protocol {
 };
 
 struct TypeInfo {
-  bool has_sign_mark = false;  // its arrays can be negated views, which DLPack does not tell
   Protocol protocol = Protocol::kNone;
   const DLPackExchangeAPI* table = nullptr;
-  bool is_immutable =
-      false;  // its arrays claim to be writable, or share memory, and must not change
+  bool is_immutable = false;   // its arrays claim to be writable, or share memory
+  bool has_sign_mark = false;  // its arrays can be negated views, which DLPack does not tell
+  PyObject* increment_version = nullptr;  // torch's function for tensors that were written, or null
 };
+
+std::string library_of(py::handle type) {
+  const auto module = py::cast<std::string>(py::str(py::getattr(type, "__module__", py::str(""))));
+  return module.substr(0, module.find('.'));
+}
+
+// For a subclass of torch.Tensor; torch itself is not imported for it.
+PyObject* torch_increment_version(py::handle type) {
+  for (const py::handle base : py::tuple(type.attr("__mro__"))) {
+    if (library_of(base) != "torch" || !py::hasattr(base, "_version")) continue;
+    const py::dict modules = py::module_::import("sys").attr("modules");
+    const py::object graph = modules.contains("torch.autograd.graph")
+                                 ? py::object(modules["torch.autograd.graph"])
+                                 : py::object(py::none());
+    return py::getattr(graph, "increment_version", py::none()).release().ptr();
+  }
+  return nullptr;
+}
 
 TypeInfo inspect_type(py::handle object, py::handle type) {
   TypeInfo info;
-  const auto module = py::cast<std::string>(py::str(py::getattr(type, "__module__", py::str(""))));
-  const std::string library = module.substr(0, module.find('.'));
+  const std::string library = library_of(type);
   info.is_immutable = library == "jax" || library == "jaxlib" || library == "tensorflow";
   info.table = exchange_table(type);
   info.has_sign_mark = py::hasattr(type, "is_neg");
+  info.increment_version = torch_increment_version(type);
+  if (info.increment_version == Py_None) info.increment_version = nullptr;  // an old torch
   if (py::isinstance<py::array>(object)) {
     // The data of a masked array without its mask would be another array.
     if (!py::hasattr(type, "mask")) info.protocol = Protocol::kNumPy;
@@ -62,125 +73,61 @@ TypeInfo inspect_type(py::handle object, py::handle type) {
   return info;
 }
 
+// What is known of a type. It stays in memory when the type dies, because another thread may be
+// looking at it; null in place of the type then tells that it is nobody's.
+struct Known {
+  std::atomic<PyTypeObject*> type;
+  TypeInfo info;
+};
+
+class KnownTypes {
+ public:
+  const Known& of(py::handle object) {
+    PyTypeObject* const type = Py_TYPE(object.ptr());
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = known_.find(type);
+      if (found != known_.end()) return *found->second;
+    }
+    const py::handle type_object = reinterpret_cast<PyObject*>(type);
+    const TypeInfo info = inspect_type(object, type_object);  // runs Python
+    const Known* known;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto [at, is_new] = known_.emplace(type, nullptr);
+      if (!is_new) return *at->second;
+      known = at->second = new Known{type, info};
+    }
+    // No reference to the type: its objects may hold an optimizer.
+    py::weakref(type_object, py::cpp_function([this, type](py::handle reference) {
+                  forget(type);
+                  reference.dec_ref();
+                }))
+        .release();
+    return *known;
+  }
+
+ private:
+  void forget(PyTypeObject* type) {
+    const std::lock_guard lock(mutex_);
+    const auto found = known_.find(type);
+    found->second->type = nullptr;
+    known_.erase(found);
+  }
+
+  std::unordered_map<PyTypeObject*, Known*> known_;
+  std::mutex mutex_;
+};
+
 const TypeInfo& type_info(py::handle object) {
-  // Holds a reference to every type in it, so that no address is used for another type.
-  static auto* const known = new std::unordered_map<PyTypeObject*, TypeInfo>();
-  PyTypeObject* const type = Py_TYPE(object.ptr());
-  // Buffers of one step are mostly of one type.
-  static PyTypeObject* last_type = nullptr;
-  static const TypeInfo* last_info = nullptr;
-  if (type == last_type) return *last_info;
-  auto found = known->find(type);
-  if (found == known->end()) {
-    const TypeInfo info = inspect_type(object, reinterpret_cast<PyObject*>(type));
-    Py_INCREF(type);
-    found = known->emplace(type, info).first;
+  static auto* const types = new KnownTypes();
+  static std::atomic<const Known*> last{nullptr};  // buffers of one step are mostly of one type
+  const Known* known = last.load(std::memory_order_acquire);
+  if (known == nullptr || known->type.load(std::memory_order_relaxed) != Py_TYPE(object.ptr())) {
+    known = &types->of(object);
+    last.store(known, std::memory_order_release);
   }
-  last_type = type;
-  last_info = &found->second;
-  return *last_info;
-}
-
-// ---- NumPy --------------------------------------------------------------------------------------
-
-std::optional<DType> numpy_dtype(const py::dtype& dtype) {
-  constexpr int kHalf = 23;  // NPY_HALF
-  const char order = dtype.byteorder();
-  if (order == '=' || order == '|') {
-    if (dtype.num() == py::detail::npy_api::NPY_FLOAT_) return DType::kFloat32;
-    if (dtype.num() == py::detail::npy_api::NPY_DOUBLE_) return DType::kFloat64;
-    if (dtype.num() == kHalf) return DType::kFloat16;
-    // The bfloat16 that ml_dtypes registers; a float64 typed "long double" is left out on purpose.
-    if (dtype.itemsize() == 2 && py::cast<std::string>(dtype.attr("name")) == "bfloat16") {
-      return DType::kBFloat16;
-    }
-  }
-  return std::nullopt;
-}
-
-DType numpy_dtype_of(py::handle array, const Label& label) {
-  // The descriptors seen so far; there is one object each for the native types.
-  static auto* const known = new std::unordered_map<PyObject*, DType>();
-  static std::pair<PyObject*, DType> last{nullptr, DType::kFloat32};
-  PyObject* const descriptor = py::detail::array_proxy(array.ptr())->descr;
-  if (descriptor == last.first) return last.second;
-  const auto found = known->find(descriptor);
-  if (found != known->end()) return (last = *found).second;
-  const auto dtype = py::reinterpret_borrow<py::dtype>(descriptor);
-  const std::optional<DType> result = numpy_dtype(dtype);
-  if (!result) throw_dtype(label, py::str(dtype));
-  if (known->size() < 16) {
-    Py_INCREF(descriptor);
-    known->emplace(descriptor, *result);
-  }
-  return *result;
-}
-
-}  // namespace
-
-void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t* shape,
-                const std::int64_t* strides, std::int64_t unit) {
-  if (axes > Layout::kMaxAxes) {
-    throw py::value_error(label.text() + " has " + std::to_string(axes) +
-                          " axes; expected at most " + std::to_string(Layout::kMaxAxes));
-  }
-  buffer.size = 1;
-  for (int i = 0; i < axes; ++i) buffer.size *= shape[i];
-  Layout& layout = buffer.layout;
-  layout.axes = axes;
-  std::copy_n(shape, axes, layout.shape);
-  std::int64_t row_major = 1;
-  for (int i = axes - 1; strides == nullptr && i >= 0; --i) {
-    layout.strides[i] = row_major;
-    row_major *= shape[i];
-  }
-  for (int i = 0; strides != nullptr && i < axes; ++i) {
-    layout.strides[i] = strides[i] / unit;
-    if (shape[i] > 1 && strides[i] % unit != 0) {
-      throw py::value_error(label.text() + " has a stride of " + std::to_string(strides[i]) +
-                            " bytes; expected whole elements of " + std::to_string(unit) +
-                            " bytes");
-    }
-  }
-  if (buffer.size == 0) std::fill_n(layout.strides, axes, 0);  // they mean nothing
-}
-
-void set_layout_of_bytes(Buffer& buffer, const Label& label, int axes, const py::ssize_t* shape,
-                         const py::ssize_t* strides) {
-  static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
-  set_layout(buffer, label, axes, reinterpret_cast<const std::int64_t*>(shape),
-             reinterpret_cast<const std::int64_t*>(strides),
-             static_cast<std::int64_t>(itemsize(buffer.dtype)));
-}
-
-[[noreturn]] void throw_read_only(const Label& label, const char* why) {
-  throw py::buffer_error(label.text() + " is read-only" + why +
-                         "; expected memory that may be written");
-}
-
-DType dtype_of_typestr(const std::string& typestr, const Label& label) {
-  const bool is_native = typestr[0] == '|' || typestr[0] == (PY_LITTLE_ENDIAN ? '<' : '>');
-  const std::string kind = typestr.substr(1);
-  if (is_native && kind == "f4") return DType::kFloat32;
-  if (is_native && kind == "f8") return DType::kFloat64;
-  if (is_native && kind == "f2") return DType::kFloat16;
-  throw_dtype(label, "'" + typestr + "' (an array interface's typestr)");
-}
-
-namespace {
-
-void import_numpy(py::handle object, const Label& label, Access access, Buffer& buffer) {
-  const auto* array = py::detail::array_proxy(object.ptr());
-  if (access == Access::kWrite && !(array->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_)) {
-    throw_read_only(label, "");
-  }
-  buffer.dtype = numpy_dtype_of(object, label);
-  buffer.data = array->data;
-  buffer.device = kHost;
-  // Without the strides there is nothing to divide.
-  const bool is_row_major = (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
-  set_layout_of_bytes(buffer, label, array->nd, array->dimensions,
-                      is_row_major ? nullptr : array->strides);
+  return known->info;
 }
 
 bool is_negated(py::handle tensor) {
@@ -190,42 +137,6 @@ bool is_negated(py::handle tensor) {
       py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
-}
-
-// ---- The buffer protocol ------------------------------------------------------------------------
-
-std::optional<DType> format_dtype(const char* format) {
-  if (format == nullptr) return std::nullopt;
-  const bool is_native =
-      *format == '@' || *format == '=' || *format == (PY_LITTLE_ENDIAN ? '<' : '>');
-  if (is_native) ++format;
-  if (std::strcmp(format, "f") == 0) return DType::kFloat32;
-  if (std::strcmp(format, "d") == 0) return DType::kFloat64;
-  if (std::strcmp(format, "e") == 0) return DType::kFloat16;
-  return std::nullopt;
-}
-
-void import_view(py::handle object, const Label& label, Access access, Leases& leases,
-                 Buffer& buffer) {
-  auto view = std::make_unique<Py_buffer>();
-  if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-    py::error_already_set error;
-    py::raise_from(error, PyExc_BufferError,
-                   (label.text() + " did not export its memory: it may be closed").c_str());
-    throw py::error_already_set();
-  }
-  const Py_buffer& lent = *view;
-  leases.keep(std::move(view));
-  if (access == Access::kWrite && lent.readonly) throw_read_only(label, "");
-  const std::optional<DType> dtype = format_dtype(lent.format);
-  if (!dtype) {
-    throw_dtype(label, "'" + std::string(lent.format == nullptr ? "B" : lent.format) +
-                           "' (a struct format)");
-  }
-  buffer.dtype = *dtype;
-  buffer.data = static_cast<char*>(lent.buf);
-  buffer.device = kHost;
-  set_layout_of_bytes(buffer, label, lent.ndim, lent.shape, lent.strides);
 }
 
 }  // namespace
@@ -259,6 +170,28 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   throw py::type_error(label.text() + " is a " + std::string(Py_TYPE(object.ptr())->tp_name) +
                        "; expected an object that exports memory (a NumPy array, DLPack, a CUDA "
                        "array, or the buffer protocol)");
+}
+
+bool has_version(py::handle object) { return type_info(object).increment_version != nullptr; }
+
+void note_written(std::span<const py::handle> objects) {
+  py::list tensors;
+  py::handle increment_version;
+  for (const py::handle object : objects) {
+    const TypeInfo& info = type_info(object);
+    if (info.increment_version == nullptr) continue;
+    increment_version = info.increment_version;
+    tensors.append(object);
+  }
+  if (!increment_version) return;
+  try {
+    increment_version(tensors);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_RuntimeError)) throw;
+    for (const py::handle tensor : tensors) {  // those made for inference have no version
+      if (!py::cast<bool>(tensor.attr("is_inference")())) increment_version(tensor);
+    }
+  }
 }
 
 }  // namespace adamax::bindings

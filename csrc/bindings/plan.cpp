@@ -1,6 +1,7 @@
 // The variables of one optimizer, checked once; a step reads only their pointers again.
 #include "bindings/plan.hpp"
 
+#include <algorithm>
 #include <array>
 
 namespace adamax::bindings {
@@ -9,11 +10,30 @@ namespace {
 constexpr std::array<std::string_view, 4> kStateRoles = {"momentum", "norm", "average",
                                                          "gradient_accumulator"};
 
+std::array<void*, 4> state_of(const Arrays& memory) {
+  return {memory.momentum, memory.norm, memory.average, memory.accumulator};
+}
+
+class Busy {
+ public:
+  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
+    if (flag_.test_and_set()) {
+      throw std::runtime_error(
+          "a plan was called while another call of it is running; expected one call at a time");
+    }
+  }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+  ~Busy() { flag_.clear(); }
+
+ private:
+  std::atomic_flag& flag_;
+};
+
 }  // namespace
 
-Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py::sequence& momentum,
-           const py::sequence& norm, const py::object& averages, const py::object& accumulators,
-           const std::vector<bool>& decays) {
+Plan::Plan(const py::tuple& params, std::vector<std::string> names,
+           const std::vector<std::uint32_t>& groups, const StateArrays& state) {
   Leases leases;
   entries_.resize(params.size());
   for (std::size_t i = 0; i < entries_.size(); ++i) {
@@ -25,37 +45,73 @@ Plan::Plan(const py::sequence& params, std::vector<std::string> names, const py:
     require_dense(param, label("variables", i));
     require_same_device(param, label("variables", i), entries_[0].buffer, label("variables", 0));
     index_by_identity_.emplace(entry.param.ptr(), i);
+    has_versions_ = has_versions_ || has_version(entry.param);
 
-    const auto item = [i](const py::object& list) {
-      return list.is_none() ? py::object(py::none()) : py::object(list[py::int_(i)]);
-    };
-    const py::object state[4] = {momentum[i], norm[i], item(averages), item(accumulators)};
-    char* data[4] = {};
-    for (int s = 0; s < 4; ++s) {
-      if (state[s].is_none()) continue;
+    const auto import_state = [&](const py::object& list, std::size_t role) -> void* {
+      if (list.is_none()) return nullptr;
       Buffer buffer;
-      import_buffer(state[s], label(kStateRoles[s], i), Access::kWrite, leases, buffer);
-      require_state_dtype(buffer, label(kStateRoles[s], i), param.dtype);
-      require_same_layout(buffer, label(kStateRoles[s], i), param, label("variables", i));
-      data[s] = buffer.data;
-    }
-    entry.variable = {param.dtype, param.dtype, param.size, param.data, nullptr,
-                      data[0],     data[1],     data[2],    data[3],    decays.at(i)};
+      const Label name = label(kStateRoles[role], i);
+      entry.state.emplace_back(list[py::int_(i)]);
+      import_buffer(entry.state.back(), name, Access::kWrite, leases, buffer);
+      require_state_dtype(buffer, name, param);
+      require_same_layout(buffer, name, param, label("variables", i));
+      return buffer.data;
+    };
+    entry.variable = {
+        {param.data, nullptr, import_state(state.momentum, 0), import_state(state.norm, 1),
+         import_state(state.averages, 2), import_state(state.accumulators, 3)},
+        param.size,
+        {param.dtype, param.dtype, compute_dtype(param.dtype)},
+        groups.at(i)};
   }
   find_written_memory();
-  if (!entries_.empty()) device_ = entries_[0].buffer.device;
-  if (device_ != kHost) workspace_.reset(cuda_api().make_workspace(device_));
+  runner_.emplace(entries_.empty() ? kHost : entries_[0].buffer.device);
+}
+
+std::vector<bool> Plan::accumulated() {
+  const Busy busy(is_busy_);
+  std::vector<bool> result;
+  for (const Entry& entry : entries_) result.push_back(entry.variable.has_accumulated);
+  return result;
+}
+
+void Plan::set_accumulated(const std::vector<bool>& accumulated) {
+  const Busy busy(is_busy_);
+  if (accumulated.size() != entries_.size()) {
+    throw py::value_error("accumulated must have " + std::to_string(entries_.size()) +
+                          " entries; received " + std::to_string(accumulated.size()));
+  }
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    entries_[i].variable.has_accumulated = accumulated[i];
+  }
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const Entry& entry : entries_) {
+    Py_VISIT(entry.param.ptr());
+    for (const py::object& array : entry.state) Py_VISIT(array.ptr());
+  }
+  return 0;
+}
+
+void Plan::clear() {
+  entries_.clear();
+  index_by_identity_.clear();
+  index_by_memory_.clear();
 }
 
 void Plan::find_written_memory() {
   WrittenMemory written;
+  index_by_memory_.clear();
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     const Variable& v = entries_[i].variable;
-    written.add(v.param, entries_[i].buffer.bytes(), label("variables", i));
-    const std::size_t bytes = v.size * itemsize(compute_dtype(v.param_dtype));
-    void* const state[4] = {v.momentum, v.norm, v.average, v.accumulator};
-    for (int s = 0; s < 4; ++s) {
-      if (state[s] != nullptr) written.add(state[s], bytes, label(kStateRoles[s], i));
+    const Buffer& param = entries_[i].buffer;
+    index_by_memory_.emplace(std::pair(param.data, param.bytes()), i);
+    written.add(param.data, param.bytes(), label("variables", i));
+    const std::array<void*, 4> state = state_of(v.memory);
+    for (std::size_t s = 0; s < state.size(); ++s) {
+      if (state[s] == nullptr) continue;
+      written.add(state[s], v.size * itemsize(v.storage.state), label(kStateRoles[s], i));
     }
   }
   written.seal();
@@ -81,58 +137,75 @@ void Plan::refresh_parameters(Leases& leases, Streams& streams) {
     if (now.data == planned.data) continue;
     written_is_current_ = false;  // also if a later variable is refused
     entry.buffer.data = now.data;
-    entry.variable.param = now.data;
+    entry.variable.memory.param = now.data;
   }
   if (!written_is_current_) find_written_memory();
 }
 
-std::size_t Plan::index_of(py::handle variable, std::size_t position, Leases& leases) {
+std::optional<std::size_t> Plan::find_object(py::handle variable, std::size_t position) const {
   if (position < entries_.size() && entries_[position].param.is(variable)) return position;
   const auto found = index_by_identity_.find(variable.ptr());
-  if (found != index_by_identity_.end()) return found->second;
-  // Another object for the same memory, such as a view.
+  return found == index_by_identity_.end() ? std::nullopt : std::optional(found->second);
+}
+
+std::size_t Plan::find_memory(py::handle variable, std::size_t position,
+                              std::span<const py::handle> taken, Leases& leases) const {
   const Label passed{"variables", static_cast<py::ssize_t>(position), nullptr};
   Buffer buffer;
   import_buffer(variable, passed, Access::kWrite, leases, buffer);
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
+  const std::pair<const char*, std::size_t> key{buffer.data, buffer.bytes()};
+  std::optional<std::size_t> found;
+  // Empty arrays can share an address; then any one of that shape will do that is left.
+  const auto is_found = [&](std::size_t i) {
     const Buffer& known = entries_[i].buffer;
-    if (known.size > 0 && known.data == buffer.data && known.bytes() == buffer.bytes()) return i;
+    if (buffer.size == 0 && !(known.layout == buffer.layout)) return false;
+    found = i;
+    return taken.empty() || !taken[i];
+  };
+  if (position < entries_.size() && entries_[position].buffer.data == key.first &&
+      entries_[position].buffer.bytes() == key.second && is_found(position)) {
+    return position;
   }
+  const auto [begin, end] = index_by_memory_.equal_range(key);
+  std::find_if(begin, end, [&](const auto& item) { return is_found(item.second); });
+  if (found) return *found;
   throw py::value_error(passed.text() +
                         " is not one of the variables that the optimizer was built with; make a "
                         "new optimizer for new variables");
 }
 
-std::vector<py::object> Plan::gradients_by_variable(const py::sequence& grads,
-                                                    const py::object& variables, Leases& leases) {
-  std::vector<py::object> ordered(entries_.size());
-  const py::ssize_t count = PySequence_Size(grads.ptr());
-  const auto expect = [count](std::size_t expected, const char* what) {
-    if (static_cast<std::size_t>(count) == expected) return;
-    throw py::value_error("grads has " + std::to_string(count) + " entries; expected " +
+// Null for a variable that is not part of the call.
+std::vector<py::handle> Plan::gradients_by_variable(const py::tuple& grads,
+                                                    const std::optional<py::tuple>& variables,
+                                                    Leases& leases) {
+  std::vector<py::handle> ordered(entries_.size());
+  const auto expect = [&grads](std::size_t expected, const char* what) {
+    if (grads.size() == expected) return;
+    throw py::value_error("grads has " + std::to_string(grads.size()) + " entries; expected " +
                           std::to_string(expected) + ", one for each of the " + what);
   };
-  if (variables.is_none()) {
+  const auto item = [](const py::tuple& tuple, std::size_t i) {
+    return py::handle(PyTuple_GET_ITEM(tuple.ptr(), static_cast<py::ssize_t>(i)));
+  };
+  if (!variables) {
     expect(entries_.size(), "variables that the optimizer was built with");
-    // Itself if it is a list or a tuple, whose items come without a call.
-    const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(grads.ptr(), "grads"));
-    if (!items) throw py::error_already_set();
-    PyObject* const* const first = PySequence_Fast_ITEMS(items.ptr());
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-      ordered[i] = py::reinterpret_borrow<py::object>(first[i]);
-    }
+    for (std::size_t i = 0; i < ordered.size(); ++i) ordered[i] = item(grads, i);
     return ordered;
   }
-  const auto passed = py::reinterpret_borrow<py::sequence>(variables);
-  expect(passed.size(), "variables passed with it");
-  for (py::ssize_t k = 0; k < count; ++k) {
-    const std::size_t i = index_of(py::object(passed[k]), k, leases);
+  expect(variables->size(), "variables passed with it");
+  const auto take = [&](std::size_t k, std::size_t i) {
     if (ordered[i]) {
       throw py::value_error("variables[" + std::to_string(k) + "] is variable '" +
                             entries_[i].name + "', which was passed before; expected it once");
     }
-    ordered[i] = grads[k];
+    ordered[i] = item(grads, k);
+  };
+  std::vector<std::size_t> others;  // no view takes what is passed itself
+  for (std::size_t k = 0; k < grads.size(); ++k) {
+    const std::optional<std::size_t> i = find_object(item(*variables, k), k);
+    i ? take(k, *i) : others.push_back(k);
   }
+  for (const std::size_t k : others) take(k, find_memory(item(*variables, k), k, ordered, leases));
   return ordered;
 }
 
@@ -140,82 +213,94 @@ void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases, Strea
   Entry& entry = entries_[i];
   Buffer buffer;
   import_buffer(grad, label("grads", i), Access::kRead, leases, buffer);
-  require_pair(entry.buffer.dtype, buffer.dtype, label("variables", i), label("grads", i));
+  require_pair(entry.buffer, label("variables", i), buffer, label("grads", i));
   require_same_layout(buffer, label("grads", i), entry.buffer, label("variables", i));
   written_.require_readable(buffer, label("grads", i), entry.buffer, entry.gradient_place);
   streams.add(buffer);
-  variables_[i].grad_dtype = buffer.dtype;
-  // An empty array may have a null pointer, which would stand for a skipped variable; with no
-  // elements it makes no difference.
-  variables_[i].grad = buffer.data;
+  variables_[i].storage.grad = buffer.dtype;
+  variables_[i].memory.grad = buffer.data;
 }
 
-bool Plan::step(const py::sequence& grads, const py::object& variables,
-                const Hyperparameters& hyperparameters, const Call& call) {
+void Plan::note_done(const Program& program) {
+  std::vector<py::handle> written;
+  for (const Row& row : program.rows) {
+    Entry& entry = entries_[row.variable];
+    if (row.operation == Operation::kAccumulate) entry.variable.has_accumulated = true;
+    if (row.operation == Operation::kUpdate) entry.variable.has_accumulated = false;
+    const bool is_written =
+        row.operation == Operation::kUpdate ||
+        (row.operation == Operation::kAverage && program.groups[row.group].overwrite);
+    if (has_versions_ && is_written) written.push_back(entry.param);
+  }
+  note_written(written);
+}
+
+bool Plan::step(const py::tuple& grads, const std::optional<py::tuple>& variables,
+                const std::vector<Group>& groups, Call call) {
+  const Busy busy(is_busy_);
   Leases leases;
   Streams streams;
   refresh_parameters(leases, streams);
-  const std::vector<py::object> gradients = gradients_by_variable(grads, variables, leases);
-  variables_.clear();
+  const std::vector<py::handle> gradients = gradients_by_variable(grads, variables, leases);
   std::string skipped;
   bool has_gradient = false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
-    variables_.push_back(entries_[i].variable);
-    const py::object& grad = gradients[i];
-    if (!grad) continue;  // not among the variables of this call
-    if (grad.is_none()) {
+    if (!gradients[i]) continue;
+    if (!gradients[i].is_none()) {
+      has_gradient = true;
+    } else {
       skipped += (skipped.empty() ? "'" : ", '") + entries_[i].name + "'";
-      continue;
     }
-    import_gradient(i, grad, leases, streams);
-    has_gradient = true;
   }
   if (!has_gradient) {
     throw py::value_error("grads has no gradient for any variable: every entry is None");
   }
-  // Before anything is written: the warning may be an error.
-  if (!skipped.empty() &&
-      PyErr_WarnEx(PyExc_UserWarning,
-                   ("no gradient for " + skipped + ": skipped in this call").c_str(), 4) != 0) {
-    throw py::error_already_set();
+  if (!skipped.empty()) {
+    // Before anything is written: the warning may be an error. It runs Python, which can move what
+    // was imported.
+    if (PyErr_WarnEx(PyExc_UserWarning,
+                     ("no gradient for " + skipped + ": skipped in this call").c_str(), 4) != 0) {
+      throw py::error_already_set();
+    }
+    refresh_parameters(leases, streams);
   }
-  bool applied;
-  {
-    const py::gil_scoped_release release;
-    if (device_ == kHost) {
-      applied = adamax::step(variables_, hyperparameters, call);
-    } else {
-      const cuda::Queue queue = streams.queue(device_);
-      applied = cuda_api().step(queue, *workspace_, variables_, hyperparameters, call);
-      if (leases.needs_synchronization) cuda_api().synchronize(queue);
+  variables_.clear();
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    variables_.push_back(entries_[i].variable);
+    if (gradients[i] && !gradients[i].is_none()) {
+      import_gradient(i, gradients[i], leases, streams);
     }
   }
+  const Program program = make_program(variables_, groups, call);
+  if (!runner_->run(program, streams, leases).is_finite) return false;
   // Here, and not in Python, where an interrupt could come between the step and its count.
-  calls += applied;
-  return applied;
+  ++calls;
+  note_done(program);
+  return true;
 }
 
-void Plan::overwrite(const py::object& variables) {
+void Plan::finalize(const std::optional<py::tuple>& variables) {
+  const Busy busy(is_busy_);
   Leases leases;
   Streams streams;
   refresh_parameters(leases, streams);
-  std::vector<Variable> chosen;
-  if (variables.is_none()) {
-    for (const Entry& entry : entries_) chosen.push_back(entry.variable);
-  } else {
-    const auto passed = py::reinterpret_borrow<py::sequence>(variables);
-    for (std::size_t k = 0; k < passed.size(); ++k) {
-      chosen.push_back(entries_[index_of(py::object(passed[k]), k, leases)].variable);
-    }
+  std::vector<bool> is_chosen(entries_.size(), !variables);
+  for (std::size_t k = 0; variables && k < variables->size(); ++k) {
+    const py::object variable = (*variables)[k];
+    const std::optional<std::size_t> i = find_object(variable, k);
+    is_chosen[i ? *i : find_memory(variable, k, {}, leases)] = true;
   }
-  const py::gil_scoped_release release;
-  if (device_ == kHost) {
-    adamax::overwrite_with_averages(chosen);
-  } else {
-    const cuda::Queue queue = streams.queue(device_);
-    cuda_api().overwrite_with_averages(queue, chosen);
-    if (leases.needs_synchronization) cuda_api().synchronize(queue);
+  variables_.clear();
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    Variable variable = entries_[i].variable;
+    variable.group = 0;
+    if (!is_chosen[i]) variable.memory.average = nullptr;
+    variables_.push_back(variable);
   }
+  const Group unused;
+  const Program program = make_program(variables_, {&unused, 1}, {.phase = Phase::kFinalize});
+  runner_->run(program, streams, leases);
+  note_done(program);
 }
 
 }  // namespace adamax::bindings

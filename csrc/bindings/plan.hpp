@@ -3,43 +3,55 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
+#include <atomic>
+#include <map>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "adamax/adamax.hpp"
+#include "bindings/backend.hpp"
 #include "bindings/buffer.hpp"
-#include "bindings/gpu.hpp"
 #include "bindings/overlap.hpp"
 
 namespace adamax::bindings {
 
+// Lists with an entry a variable; `averages` and `accumulators` may be None.
+struct StateArrays {
+  py::object momentum, norm, averages, accumulators;
+};
+
+// One call at a time: a second one, also from within the first, raises RuntimeError.
 class Plan {
  public:
-  // `averages` and `accumulators` may be None. Everything else has one entry a variable.
-  Plan(const py::sequence& params, std::vector<std::string> names, const py::sequence& momentum,
-       const py::sequence& norm, const py::object& averages, const py::object& accumulators,
-       const std::vector<bool>& decays);
+  // `groups` has the index of each variable's group.
+  Plan(const py::tuple& params, std::vector<std::string> names,
+       const std::vector<std::uint32_t>& groups, const StateArrays& state);
 
   // One call of the kernels. `grads` pairs with `variables`, or with all variables in order if that
   // is None; a gradient that is None skips its variable, with a warning. Returns false, with
   // nothing changed, if `require_finite` was asked for and a gradient is not finite.
-  bool step(const py::sequence& grads, const py::object& variables,
-            const Hyperparameters& hyperparameters, const Call& call);
-
-  std::int64_t calls = 0;  // completed calls of step()
-
+  bool step(const py::tuple& grads, const std::optional<py::tuple>& variables,
+            const std::vector<Group>& groups, Call call);
   // Writes the averages over these variables, or over all if None.
-  void overwrite(const py::object& variables);
+  void finalize(const std::optional<py::tuple>& variables);
+
+  std::atomic<std::int64_t> calls = 0;  // completed calls of step()
+  std::vector<bool> accumulated();
+  void set_accumulated(const std::vector<bool>& accumulated);
+
+  // For the garbage collector: what Python objects this holds, and to let go of them.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
  private:
   struct Entry {
     py::object param;
+    std::vector<py::object> state;  // owns the memory of `variable`
     std::string name;
-    Buffer buffer;  // of the parameter, as last seen
-    Variable variable;
+    Buffer buffer;                   // of the parameter, as last seen
+    Variable variable;               // without a gradient
     std::size_t gradient_place = 0;  // among written_, as last seen
   };
 
@@ -48,18 +60,29 @@ class Plan {
   }
   void refresh_parameters(Leases& leases, Streams& streams);
   void find_written_memory();
-  std::size_t index_of(py::handle variable, std::size_t position, Leases& leases);
-  std::vector<py::object> gradients_by_variable(const py::sequence& grads,
-                                                const py::object& variables, Leases& leases);
+  // The variable that is this object; `position` is where it mostly is.
+  std::optional<std::size_t> find_object(py::handle variable, std::size_t position) const;
+  // The variable whose memory another object stands for, such as a view. `taken` has an entry a
+  // variable that is not null for those that were found before, or none.
+  std::size_t find_memory(py::handle variable, std::size_t position,
+                          std::span<const py::handle> taken, Leases& leases) const;
+  std::vector<py::handle> gradients_by_variable(const py::tuple& grads,
+                                                const std::optional<py::tuple>& variables,
+                                                Leases& leases);
   void import_gradient(std::size_t i, py::handle grad, Leases& leases, Streams& streams);
+  // Notes which parameters a program wrote, and which accumulators hold gradients now.
+  void note_done(const Program& program);
 
   std::vector<Entry> entries_;
   std::unordered_map<PyObject*, std::size_t> index_by_identity_;
+  std::multimap<std::pair<const char*, std::size_t>, std::size_t>
+      index_by_memory_;  // address, bytes
   WrittenMemory written_;
   bool written_is_current_ = false;
-  std::vector<Variable> variables_;             // of the present call
-  int device_ = kHost;                          // of all variables
-  std::unique_ptr<cuda::Workspace> workspace_;  // on that device
+  bool has_versions_ = false;        // of any parameter; see has_version()
+  std::vector<Variable> variables_;  // of the present call
+  std::optional<Runner> runner_;     // on the device of all variables
+  std::atomic_flag is_busy_;
 };
 
 }  // namespace adamax::bindings

@@ -7,34 +7,13 @@
 
 #include <cstdint>
 
+#include "adamax/rules.hpp"
 #include "core/host_device.hpp"
-#include "core/step_scalars.hpp"
+#include "core/scalars.hpp"
 
 namespace adamax {
 
-enum class DecayRule : std::uint8_t { kNone, kDecoupled, kL2 };
-enum class EpsilonRule : std::uint8_t { kOutside, kInside };
-
-// What distinguishes one step on a variable from another: another rule, or another memory stream.
-// The CPU compiles a loop for each; a GPU asks while it waits for memory.
-struct Rule {
-  DecayRule decay;
-  EpsilonRule epsilon;
-  bool average;
-  bool accumulator;
-};
-constexpr int kNumRules = 3 * 2 * 2 * 2;
-
-constexpr Rule rule_at(int index) {
-  return {static_cast<DecayRule>(index % 3), static_cast<EpsilonRule>(index / 3 % 2),
-          index / 6 % 2 == 1, index / 12 == 1};
-}
-constexpr int index_of(Rule rule) {
-  return static_cast<int>(rule.decay) + 3 * static_cast<int>(rule.epsilon) + 6 * rule.average +
-         12 * rule.accumulator;
-}
-
-// StepScalars rounded to the compute type and spread over a vector.
+// Scalars rounded to the compute type and spread over a vector.
 template <class V>
 struct VectorScalars {
   using T = typename V::Scalar;
@@ -42,7 +21,8 @@ struct VectorScalars {
       ema_momentum, one_minus_ema_momentum;
   bool unscales, clips;  // whether these change anything; skipped otherwise
 
-  VectorScalars(const StepScalars& s, double clip)
+  VectorScalars() = default;
+  VectorScalars(const Scalars& s, double clip)
       : grad_scale(static_cast<T>(s.grad_scale)),
         mean_scale(static_cast<T>(s.mean_scale)),
         clip_scale(static_cast<T>(clip)),
@@ -53,7 +33,8 @@ struct VectorScalars {
         epsilon(static_cast<T>(s.epsilon)),
         rate(static_cast<T>(s.rate)),
         ema_momentum(static_cast<T>(s.ema_momentum)),
-        one_minus_ema_momentum(static_cast<T>(s.one_minus_ema_momentum)),
+        // Of the rounded momentum, and exact: the two shares add up.
+        one_minus_ema_momentum(T(1) - static_cast<T>(s.ema_momentum)),
         unscales(s.grad_scale != 1.0),
         clips(clip != 1.0 || s.clip_value != __builtin_inf()) {}
 };
@@ -65,17 +46,18 @@ constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 
 // `h` is the gradient after unscaling and averaging over micro-batches.
 template <class V>
-ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, Rule rule, const VectorScalars<V>& s) {
+ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRule epsilon,
+                               const VectorScalars<V>& s) {
   if (s.clips) h = clamp(h * s.clip_scale, s.clip_value);
-  if (rule.decay == DecayRule::kDecoupled) w = w - w * s.decay;
-  if (rule.decay == DecayRule::kL2) h = h + w * s.decay;
+  if (decay == DecayRule::kDecoupled) w = w - w * s.decay;
+  if (decay == DecayRule::kL2) h = h + w * s.decay;
 
   const V tiny(kTiny<typename V::Scalar>);
-  const V magnitude = rule.epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
+  const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
   m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
   u = zero_below(maximum(u * s.beta_2, magnitude), tiny);
 
-  const V denominator = rule.epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
+  const V denominator = epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   w = w - (s.rate * m) / denominator;
 }
 

@@ -5,44 +5,30 @@
 
 #include <cstdint>
 
+#include "adamax/arrays.hpp"
 #include "adamax/dtypes.hpp"
-#include "core/step_scalars.hpp"
+#include "core/scalars.hpp"
 #include "core/sum_shape.hpp"
-#include "core/update_rule.hpp"
 
 namespace adamax::cpu {
 
-// The memory of one variable; every array has the variable's element count. Unused streams are
-// null.
-struct Streams {
-  void* param;
-  const void* grad;
-  void* momentum;
-  void* norm;
-  void* average;
-  void* accumulator;
-};
+// Each works on elements [begin, end) of one variable. `clip` is its clip-by-norm coefficient.
+using Kernel = void (*)(const Arrays&, std::int64_t begin, std::int64_t end, const Scalars&,
+                        double clip);
 
-// Each works on elements [begin, end). `clip` is the variable's clip-by-norm coefficient.
-using UpdateKernel = void (*)(const Streams&, std::int64_t begin, std::int64_t end,
-                              const StepScalars&, double clip);
-// accumulator += grad * grad_scale
-using AccumulateKernel = void (*)(const Streams&, std::int64_t begin, std::int64_t end,
-                                  const StepScalars&);
-// The average alone, for variables without a gradient.
-using AverageKernel = void (*)(const Streams&, std::int64_t begin, std::int64_t end,
-                               const StepScalars&);
-// Sums of squares of the unscaled (with an accumulator: averaged) gradient, one a block.
-// `begin` is a multiple of kBlock.
-using SquaresKernel = void (*)(const Streams&, std::int64_t begin, std::int64_t end,
-                               const StepScalars&, double* block_sums);
+// Sums of squares of the unscaled gradient (averaged, if there is an accumulator), one a block.
+// `begin` is a multiple of kBlock. Returns whether every element of the gradient as it is passed is
+// finite; true if nobody asked.
+using SquaresKernel = bool (*)(const Arrays&, std::int64_t begin, std::int64_t end, const Scalars&,
+                               double* block_sums);
 
 struct KernelTable {
   const char* isa;
-  UpdateKernel update[kNumPairs][kNumRules];
-  AccumulateKernel accumulate[kNumDTypes];  // by the gradient's dtype
-  SquaresKernel squares[kNumDTypes];        // by the gradient's dtype
-  AverageKernel average[kNumDTypes];        // by the parameter's dtype
+  // A loop is compiled for each set of memory streams; the rules are a switch above the loop.
+  Kernel update[kNumStorages][2][2];     // without and with an average, an accumulator
+  Kernel accumulate[kNumDTypes];         // by the gradient's dtype
+  Kernel average[kNumDTypes];            // by the parameter's dtype
+  SquaresKernel squares[kNumDTypes][2];  // by the gradient's dtype; whether finiteness is asked for
 };
 
 // One a unit; only those compiled for this processor family exist.

@@ -65,93 +65,140 @@ struct VectorOf<double> {
   using Type = F64;
 };
 
-template <DTypePair pair, Rule rule>
-void update_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
-                 const StepScalars& scalars, double clip) {
-  using T = typename TypeOf<pair.param>::Compute;
+// Which arrays a loop touches. A gradient that is not there, beside an accumulator, is zero.
+struct Touched {
+  bool grad, average, accumulator;
+};
+
+template <Storage storage, Touched touched, DecayRule decay, EpsilonRule epsilon>
+void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, const Scalars& scalars,
+                 double clip) {
+  using T = typename TypeOf<storage.param>::Compute;
   using V = typename VectorOf<T>::Type;
-  auto* const param = static_cast<typename TypeOf<pair.param>::Storage*>(streams.param);
-  auto* const grad = static_cast<const typename TypeOf<pair.grad>::Storage*>(streams.grad);
-  auto* const momentum = static_cast<T*>(streams.momentum);
-  auto* const norm = static_cast<T*>(streams.norm);
-  auto* const averages = static_cast<T*>(streams.average);
-  auto* const accumulator = static_cast<T*>(streams.accumulator);
+  using Param = typename TypeOf<storage.param>::Stored;
+  using State = typename TypeOf<storage.state>::Stored;
+  auto* const param = static_cast<Param*>(memory.param);
+  auto* const grad = static_cast<const typename TypeOf<storage.grad>::Stored*>(memory.grad);
+  auto* const momentum = static_cast<State*>(memory.momentum);
+  auto* const norm = static_cast<State*>(memory.norm);
+  auto* const averages = static_cast<State*>(memory.average);
+  auto* const accumulator = static_cast<State*>(memory.accumulator);
   const VectorScalars<V> s(scalars, clip);
   const AverageMode mode = scalars.average_mode;
   const bool overwrite = scalars.overwrite;
 
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
+  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(param + i);
-    prefetch<V>(grad + i);
+    if constexpr (touched.grad) prefetch<V>(grad + i);
     prefetch<V>(momentum + i);
     prefetch<V>(norm + i);
-    V h = memory.template load<V>(grad + i);
-    if (s.unscales) h = h * s.grad_scale;
-    V w = memory.template load<V>(param + i);
-    V m = memory.template load<V>(momentum + i);
-    V u = memory.template load<V>(norm + i);
-    if constexpr (rule.accumulator) {
-      prefetch<V>(accumulator + i);
-      h = (memory.template load<V>(accumulator + i) + h) * s.mean_scale;
-      memory.store(V(T(0)), accumulator + i);
+    V h(T(0));
+    if constexpr (touched.grad) {
+      h = access.template load<V>(grad + i);
+      if (s.unscales) h = h * s.grad_scale;
     }
-    update(w, h, m, u, rule, s);
-    memory.store(m, momentum + i);
-    memory.store(u, norm + i);
-    if constexpr (rule.average) {
+    V w = access.template load<V>(param + i);
+    V m = access.template load<V>(momentum + i);
+    V u = access.template load<V>(norm + i);
+    if constexpr (touched.accumulator) {
+      prefetch<V>(accumulator + i);
+      h = (access.template load<V>(accumulator + i) + h) * s.mean_scale;
+      access.store(V(T(0)), accumulator + i);
+    }
+    update(w, h, m, u, decay, epsilon, s);
+    access.store(m, momentum + i);
+    access.store(u, norm + i);
+    if constexpr (touched.average) {
       prefetch<V>(averages + i);
       w = w.rounded_to(param);
-      V average = memory.template load<V>(averages + i);
+      V average = access.template load<V>(averages + i);
       update_average(average, w, mode, s);
-      memory.store(average, averages + i);
+      access.store(average, averages + i);
       if (overwrite) w = average;
     }
-    memory.store(w, param + i);
+    access.store(w, param + i);
   });
 }
 
+template <Storage storage, Touched touched>
+void update_by_rule(const Arrays& memory, std::int64_t begin, std::int64_t end,
+                    const Scalars& scalars, double clip) {
+  const auto run = [&]<DecayRule decay>() {
+    if (scalars.epsilon_rule == EpsilonRule::kInside) {
+      update_loop<storage, touched, decay, EpsilonRule::kInside>(memory, begin, end, scalars, clip);
+    } else {
+      update_loop<storage, touched, decay, EpsilonRule::kOutside>(memory, begin, end, scalars,
+                                                                  clip);
+    }
+  };
+  switch (scalars.decay_rule) {
+    case DecayRule::kNone:
+      return run.template operator()<DecayRule::kNone>();
+    case DecayRule::kDecoupled:
+      return run.template operator()<DecayRule::kDecoupled>();
+    case DecayRule::kL2:
+      return run.template operator()<DecayRule::kL2>();
+  }
+}
+
+template <Storage storage, bool average, bool accumulator>
+void update_variable(const Arrays& memory, std::int64_t begin, std::int64_t end,
+                     const Scalars& scalars, double clip) {
+  // A gradient that is not there has the type of the accumulator.
+  if constexpr (accumulator && storage.grad == storage.state) {
+    if (memory.grad == nullptr) {
+      return update_by_rule<storage, Touched{false, average, true}>(memory, begin, end, scalars,
+                                                                    clip);
+    }
+  }
+  update_by_rule<storage, Touched{true, average, accumulator}>(memory, begin, end, scalars, clip);
+}
+
+// accumulator += grad * grad_scale
 template <DType grad_dtype>
-void accumulate_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
-                     const StepScalars& scalars) {
+void accumulate_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
+                     const Scalars& scalars, double) {
   using T = typename TypeOf<grad_dtype>::Compute;
   using V = typename VectorOf<T>::Type;
-  auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Storage*>(streams.grad);
-  auto* const accumulator = static_cast<T*>(streams.accumulator);
+  auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
+  auto* const accumulator = static_cast<T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
+  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(grad + i);
     prefetch<V>(accumulator + i);
-    const V h = memory.template load<V>(grad + i) * s.grad_scale;
-    memory.store(memory.template load<V>(accumulator + i) + h, accumulator + i);
+    const V h = access.template load<V>(grad + i) * s.grad_scale;
+    access.store(access.template load<V>(accumulator + i) + h, accumulator + i);
   });
 }
 
+// The average alone, for variables without a gradient.
 template <DType dtype>
-void average_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
-                  const StepScalars& scalars) {
+void average_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
+                  const Scalars& scalars, double) {
   using T = typename TypeOf<dtype>::Compute;
   using V = typename VectorOf<T>::Type;
-  auto* const param = static_cast<typename TypeOf<dtype>::Storage*>(streams.param);
-  auto* const averages = static_cast<T*>(streams.average);
+  auto* const param = static_cast<typename TypeOf<dtype>::Stored*>(memory.param);
+  auto* const averages = static_cast<T*>(memory.average);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto memory, std::int64_t i) __attribute__((always_inline)) {
-    V average = memory.template load<V>(averages + i);
-    update_average(average, memory.template load<V>(param + i), scalars.average_mode, s);
-    memory.store(average, averages + i);
-    if (scalars.overwrite) memory.store(average, param + i);
+  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
+    V average = access.template load<V>(averages + i);
+    update_average(average, access.template load<V>(param + i), scalars.average_mode, s);
+    access.store(average, averages + i);
+    if (scalars.overwrite) access.store(average, param + i);
   });
 }
 
-template <DType grad_dtype>
-void squares_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
-                  const StepScalars& scalars, double* block_sums) {
+template <DType grad_dtype, bool asks_finite, bool has_grad>
+bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
+                  const Scalars& scalars, double* block_sums) {
   using T = typename TypeOf<grad_dtype>::Compute;
   using V = typename VectorOf<T>::Type;
-  auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Storage*>(streams.grad);
-  auto* const accumulator = static_cast<const T*>(streams.accumulator);
+  auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
+  auto* const accumulator = static_cast<const T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
   constexpr int kRegisters = kLanes / F64::kLanes;
   constexpr int kWide = V::kLanes / F64::kLanes;  // registers of doubles that one V widens to
+  V zero_if_finite(T(0));                         // NaN once x - x was not 0
 
   for (std::int64_t block = begin; block < end; block += kBlock) {
     const std::int64_t block_end = block + kBlock < end ? block + kBlock : end;
@@ -159,17 +206,21 @@ void squares_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
     for (F64& sum : sums) sum = F64(0.0);
 
     // A row of kLanes elements at a time; beyond the end a row is zero, which adds nothing.
-    const auto add_row = [&](std::int64_t row, auto memory_at) __attribute__((always_inline)) {
+    const auto add_row = [&](std::int64_t row, auto access_at) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int part = 0; part < kRegisters / kWide; ++part) {
         const std::int64_t i = row + part * V::kLanes;
-        const auto memory = memory_at(i);
-        prefetch<V>(grad + i);
-        V h = memory.template load<V>(grad + i);
-        if (s.unscales) h = h * s.grad_scale;
+        const auto access = access_at(i);
+        V h(T(0));
+        if constexpr (has_grad) {
+          prefetch<V>(grad + i);
+          h = access.template load<V>(grad + i);
+          if constexpr (asks_finite) zero_if_finite = zero_if_finite + (h - h);
+          if (s.unscales) h = h * s.grad_scale;
+        }
         if (accumulator != nullptr) {
           prefetch<V>(accumulator + i);
-          h = (memory.template load<V>(accumulator + i) + h) * s.mean_scale;
+          h = (access.template load<V>(accumulator + i) + h) * s.mean_scale;
         }
         F64 wide[kWide];
         widen(h, wide);
@@ -195,26 +246,43 @@ void squares_loop(const Streams& streams, std::int64_t begin, std::int64_t end,
     for (int j = 0; j < kRegisters; ++j) sums[j].store(lanes + j * F64::kLanes);
     *block_sums++ = fold_lanes(lanes);
   }
+  T lanes[V::kLanes];
+  zero_if_finite.store(lanes);
+  bool is_finite = true;
+  for (const T lane : lanes) is_finite = is_finite && lane == T(0);
+  return is_finite;
 }
 
-template <int pair, int... rules>
-constexpr void fill_updates(KernelTable& table, std::integer_sequence<int, rules...>) {
-  ((table.update[pair][rules] = update_loop<kPairs[pair], rule_at(rules)>), ...);
+template <DType grad_dtype, bool asks_finite>
+bool sum_squares(const Arrays& memory, std::int64_t begin, std::int64_t end, const Scalars& scalars,
+                 double* block_sums) {
+  const auto loop = memory.grad != nullptr ? squares_loop<grad_dtype, asks_finite, true>
+                                           : squares_loop<grad_dtype, asks_finite, false>;
+  return loop(memory, begin, end, scalars, block_sums);
 }
 
-template <int... pairs, int... dtypes>
-constexpr KernelTable fill_table(const char* isa, std::integer_sequence<int, pairs...>,
+template <Storage storage>
+constexpr void fill_updates(Kernel (&update)[2][2]) {
+  update[0][0] = update_variable<storage, false, false>;
+  update[0][1] = update_variable<storage, false, true>;
+  update[1][0] = update_variable<storage, true, false>;
+  update[1][1] = update_variable<storage, true, true>;
+}
+
+template <int... storages, int... dtypes>
+constexpr KernelTable fill_table(const char* isa, std::integer_sequence<int, storages...>,
                                  std::integer_sequence<int, dtypes...>) {
   KernelTable table{};
   table.isa = isa;
-  (fill_updates<pairs>(table, std::make_integer_sequence<int, kNumRules>{}), ...);
+  (fill_updates<kStorages[storages]>(table.update[storages]), ...);
   ((table.accumulate[dtypes] = accumulate_loop<static_cast<DType>(dtypes)>), ...);
-  ((table.squares[dtypes] = squares_loop<static_cast<DType>(dtypes)>), ...);
   ((table.average[dtypes] = average_loop<static_cast<DType>(dtypes)>), ...);
+  ((table.squares[dtypes][0] = sum_squares<static_cast<DType>(dtypes), false>), ...);
+  ((table.squares[dtypes][1] = sum_squares<static_cast<DType>(dtypes), true>), ...);
   return table;
 }
 
 constexpr KernelTable make_table(const char* isa) {
-  return fill_table(isa, std::make_integer_sequence<int, kNumPairs>{},
+  return fill_table(isa, std::make_integer_sequence<int, kNumStorages>{},
                     std::make_integer_sequence<int, kNumDTypes>{});
 }

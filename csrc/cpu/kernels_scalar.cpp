@@ -1,6 +1,7 @@
 // The kernels with one element at a time, for any processor.
 #include <utility>
 
+#include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 #include "cpu/kernel_table.hpp"
 

@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "adamax/adamax.hpp"
+#include "core/fp_mode.hpp"
 #include "cpu/cpu_limit.hpp"
-#include "cpu/fp_mode.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -49,11 +50,22 @@ int positive_from_environment(const char* name) {
   return threads;
 }
 
+#ifdef _OPENMP
+// OpenMP's own limit, when the library was loaded: what the environment says, or the processors.
+const int openmp_limit_at_start = omp_get_max_threads();
+
+// What OpenMP was limited to since then, by threadpoolctl for example; or "no limit".
+int openmp_limit() {
+  const int now = omp_get_max_threads();
+  return now < openmp_limit_at_start ? now : std::numeric_limits<int>::max();
+}
+#endif
+
 int max_threads() {
 #ifdef _OPENMP
   if (is_forked_child.load(std::memory_order_relaxed)) return 1;
   const int override = cpu_limit_override.load(std::memory_order_relaxed);
-  const int limit = override > 0 ? override : cpu_limit();
+  const int limit = std::min(override > 0 ? override : cpu_limit(), openmp_limit());
   const int requested = requested_threads.load(std::memory_order_relaxed);
   const int wanted = requested > 0 ? requested : threads_from_environment();
   return wanted > 0 ? std::min(wanted, limit) : limit;

@@ -1,7 +1,11 @@
-// How a thread reaches memory: vectors of 16 bytes, single elements at the edges, any alignment.
+// How a thread reaches memory: packets of 16 bytes, single elements, or bytes, as it is aligned.
+//
+// The alignment is decided once a chunk and all threads of a block take the same way, so that no
+// branch stands between two loads: they wait for memory together.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/host_device.hpp"
 #include "core/vec_scalar.hpp"
@@ -11,100 +15,96 @@ namespace adamax::cuda {
 
 constexpr int kThreads = 256;  // of a block
 
-struct alignas(16) Packet {
+struct alignas(16) [[gnu::may_alias]] Packet {
   std::uint32_t words[4];
 };
-
-template <class S>
-ADAMAX_HOST_DEVICE bool is_aligned(const S* p, std::uintptr_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
-}
-
-// Assembly, because the compiler would find that store() below writes the same on both of its ways,
-// and write element by element on both.
-ADAMAX_HOST_DEVICE void store_packet(Packet packet, Packet* p) {
-#ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
-               "r"(packet.words[0]), "r"(packet.words[1]), "r"(packet.words[2]),
-               "r"(packet.words[3])
-               : "memory");
-#else
-  *p = packet;
-#endif
-}
-
-// One element; byte by byte where the address is not a multiple of its size, which a GPU refuses.
-template <class S>
-ADAMAX_HOST_DEVICE S load_element(const S* p) {
-  if (is_aligned(p, sizeof(S))) return *p;
-  S value;
-  for (unsigned i = 0; i < sizeof(S); ++i) {
-    reinterpret_cast<unsigned char*>(&value)[i] = reinterpret_cast<const unsigned char*>(p)[i];
-  }
-  return value;
-}
-
-template <class S>
-ADAMAX_HOST_DEVICE void store_element(S value, S* p) {
-  if (is_aligned(p, sizeof(S))) {
-    *p = value;
-    return;
-  }
-  for (unsigned i = 0; i < sizeof(S); ++i) {
-    reinterpret_cast<unsigned char*>(p)[i] = reinterpret_cast<const unsigned char*>(&value)[i];
-  }
-}
-
-// `width` elements of one thread: in packets of 16 bytes if they fill some and lie on their
-// boundaries, one by one otherwise. All threads of a block take the same way.
-template <class V, class S, int width>
-ADAMAX_HOST_DEVICE void load(const S* p, V (&vectors)[width]) {
-  constexpr int kPackets = width * sizeof(S) / sizeof(Packet);
-  S elements[width];
-  if (kPackets > 0 && is_aligned(p, sizeof(Packet))) {
-    Packet packets[kPackets > 0 ? kPackets : 1];
-    for (int i = 0; i < kPackets; ++i) packets[i] = reinterpret_cast<const Packet*>(p)[i];
-    __builtin_memcpy(elements, packets, kPackets * sizeof(Packet));
-  } else {
-    for (int i = 0; i < width; ++i) elements[i] = load_element(p + i);
-  }
-  for (int i = 0; i < width; ++i) vectors[i] = V(scalar::to_compute(elements[i]));
-}
-
-template <class V, class S, int width>
-ADAMAX_HOST_DEVICE void store(const V (&vectors)[width], S* p) {
-  constexpr int kPackets = width * sizeof(S) / sizeof(Packet);
-  S elements[width];
-  for (int i = 0; i < width; ++i) scalar::to_storage(vectors[i].v, elements[i]);
-  if (kPackets > 0 && is_aligned(p, sizeof(Packet))) {
-    Packet packets[kPackets > 0 ? kPackets : 1];
-    __builtin_memcpy(packets, elements, kPackets * sizeof(Packet));
-    for (int i = 0; i < kPackets; ++i) store_packet(packets[i], reinterpret_cast<Packet*>(p) + i);
-  } else {
-    for (int i = 0; i < width; ++i) store_element(elements[i], p + i);
-  }
-}
 
 // Elements of one thread, so that the narrowest stream fills a packet.
 template <class A, class B>
 constexpr int kWidth = sizeof(Packet) / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
 
-// Calls body(integer constant, i) for the elements of a chunk that are a thread's: `width` of them,
-// or one by one at the end.
-template <int width>
-struct Width {
-  static constexpr int value = width;
+// `width` elements, read and written in units that lie at multiples of their size, as a GPU
+// demands. The unit void is an element.
+template <class AnyUnit, int width_>
+struct Access {
+  static constexpr int width = width_;
+  template <class S>
+  using Unit = std::conditional_t<std::is_void_v<AnyUnit>, S, AnyUnit>;
+  template <class S>
+  static constexpr int kUnits = width * sizeof(S) / sizeof(Unit<S>);
+
+  template <class V, class S>
+  ADAMAX_HOST_DEVICE static void load(const S* p, V (&vectors)[width]) {
+    S elements[width];
+    Unit<S> units[kUnits<S>];
+    for (int i = 0; i < kUnits<S>; ++i) units[i] = reinterpret_cast<const Unit<S>*>(p)[i];
+    __builtin_memcpy(elements, units, sizeof(elements));
+    for (int k = 0; k < width; ++k) vectors[k] = V(scalar::to_compute(elements[k]));
+  }
+  template <class V, class S>
+  ADAMAX_HOST_DEVICE static void store(const V (&vectors)[width], S* p) {
+    S elements[width];
+    Unit<S> units[kUnits<S>];
+    for (int k = 0; k < width; ++k) scalar::to_storage(vectors[k].v, elements[k]);
+    __builtin_memcpy(units, elements, sizeof(elements));
+    for (int i = 0; i < kUnits<S>; ++i) reinterpret_cast<Unit<S>*>(p)[i] = units[i];
+  }
 };
-template <int width, class Body>
-ADAMAX_HOST_DEVICE void for_each(Stretch stretch, std::uint32_t thread, const Body& body) {
-  for (std::int64_t i = stretch.begin + std::int64_t{thread} * width; i < stretch.end;
+using ByElement = Access<void, 1>;
+using ByByte = Access<unsigned char, 1>;
+
+template <class S>
+ADAMAX_HOST_DEVICE bool is_aligned(const S* p, std::uintptr_t bytes = sizeof(S)) {
+  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+}
+
+// Calls body(access, i) for the elements of a stretch that are a thread's: `width` of them where
+// all of `memory`, in which null stands for nothing, lies in packets; else, and at the end, one by
+// one.
+template <int width, class Body, class... S>
+ADAMAX_HOST_DEVICE void for_each(Stretch stretch, std::uint32_t thread, const Body& body,
+                                 const S*... memory) {
+  const bool in_packets = (is_aligned(memory, sizeof(Packet)) && ...);
+  const std::int64_t rest =
+      in_packets ? stretch.end - (stretch.end - stretch.begin) % width : stretch.begin;
+  for (std::int64_t i = stretch.begin + std::int64_t{thread} * width; i < rest;
        i += kThreads * width) {
-    if (i + width <= stretch.end) {
-      body(Width<width>{}, i);
-    } else {
-      for (std::int64_t j = i; j < stretch.end; ++j) body(Width<1>{}, j);
+    body(Access<Packet, width>{}, i);
+  }
+  const auto one_by_one = [&](auto access) {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1  // the stores between make it useless
+#endif
+    for (std::int64_t i = rest + thread; i < stretch.end; i += kThreads) body(access, i);
+  };
+  (is_aligned(memory) && ...) ? one_by_one(ByElement{}) : one_by_one(ByByte{});
+}
+
+// Calls body(access, i) for every `step`-th element from `begin` on, so many at a time that their
+// loads wait for memory together: `access` loads kColumn of them, or, at the end, one.
+constexpr int kColumn = 16;
+
+template <class One, int step, int count>
+struct Column {
+  static constexpr int width = count;
+
+  template <class V, class S>
+  ADAMAX_HOST_DEVICE static void load(const S* p, V (&vectors)[count]) {
+    for (int k = 0; k < count; ++k) {
+      V element[1];
+      One::load(p + k * step, element);
+      vectors[k] = element[0];
     }
   }
+};
+
+template <class One, int step, class Body>
+ADAMAX_HOST_DEVICE void for_each_column(std::int64_t begin, std::int64_t end, const Body& body) {
+  std::int64_t i = begin;
+  for (; i + (kColumn - 1) * step < end; i += kColumn * step) {
+    body(Column<One, step, kColumn>{}, i);
+  }
+  for (; i < end; i += step) body(Column<One, step, 1>{}, i);
 }
 
 }  // namespace adamax::cuda

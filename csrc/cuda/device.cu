@@ -1,16 +1,18 @@
 // The real device: launches, memory, events and errors of the CUDA runtime.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda/device.hpp"
-#include "cuda/make_api.hpp"
+#include "cuda/backend.hpp"
+#include "cuda/run.hpp"
 #include "cuda/support.hpp"
 
 namespace adamax::cuda {
@@ -43,45 +45,20 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-class DeviceWorkspace : public Workspace {
- public:
-  explicit DeviceWorkspace(int device) : device_(device) {}
-  // cudaFree waits for kernels that still use the memory. Errors have nobody to go to: at the end
-  // of a process the runtime may be gone already.
-  ~DeviceWorkspace() override {
-    try {
-      const CurrentDevice current(device_);
-      cudaFree(memory_);
-      cudaFree(flag_);
-      cudaFreeHost(host_flag_);
-    } catch (const std::runtime_error&) {
-    }
+// Where the host finds whether gradients were finite: pinned, so that a copy to it is queued, and a
+// thread's own, because a thread waits for it before its next call.
+int* host_flag() {
+  struct Free {
+    void operator()(int* flag) const { cudaFreeHost(flag); }
+  };
+  thread_local std::unique_ptr<int, Free> flag;
+  if (flag == nullptr) {
+    int* memory = nullptr;
+    check(cudaHostAlloc(&memory, sizeof(int), cudaHostAllocPortable), "allocate a flag");
+    flag.reset(memory);
   }
-
-  double* reserve(std::size_t count) {
-    if (count > capacity_) {
-      check(cudaFree(memory_), "free the workspace");
-      memory_ = nullptr;
-      capacity_ = 0;
-      check(cudaMalloc(&memory_, count * sizeof(double)), "allocate the workspace");
-      capacity_ = count;
-    }
-    return memory_;
-  }
-  void reserve_flags() {
-    if (flag_ == nullptr) check(cudaMalloc(&flag_, sizeof(int)), "allocate a flag");
-    if (host_flag_ == nullptr) check(cudaMallocHost(&host_flag_, sizeof(int)), "allocate a flag");
-  }
-  int* flag() const { return flag_; }
-  int* host_flag() const { return host_flag_; }
-
- private:
-  int device_;
-  double* memory_ = nullptr;
-  std::size_t capacity_ = 0;  // doubles
-  int* flag_ = nullptr;
-  int* host_flag_ = nullptr;
-};
+  return flag.get();
+}
 
 class Event {
  public:
@@ -119,12 +96,14 @@ __global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Kernel k
 
 class Device {
  public:
-  Device(const Queue& queue, Workspace* workspace)
+  explicit Device(const Queue& queue)
       : current_(queue.device),
         stream_(reinterpret_cast<cudaStream_t>(queue.stream)),
-        others_(queue.others),
-        workspace_(static_cast<DeviceWorkspace*>(workspace)) {
-    require_no_capture();
+        others_(queue.others) {
+    require_no_capture(stream_);
+    for (const std::uintptr_t other : others_) {
+      require_no_capture(reinterpret_cast<cudaStream_t>(other));
+    }
     for (const std::uintptr_t other : others_) {
       Event event;
       event.record(reinterpret_cast<cudaStream_t>(other));
@@ -149,23 +128,25 @@ class Device {
           Kernel::kName);
   }
 
-  double* reserve(std::size_t count) { return workspace_->reserve(count); }
-
-  int* cleared_flag() {
-    workspace_->reserve_flags();
-    check(cudaMemsetAsync(workspace_->flag(), 0, sizeof(int), stream_), "clear a flag");
-    return workspace_->flag();
+  // In parts of which the driver takes a copy at once; for more it may wait for the stream.
+  void upload(void* to, const void* from, std::size_t bytes) {
+    constexpr std::size_t kPart = 64 * 1024;
+    for (std::size_t begin = 0; begin < bytes; begin += kPart) {
+      check(cudaMemcpyAsync(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
+                            std::min(kPart, bytes - begin), cudaMemcpyHostToDevice, stream_),
+            "upload groups");
+    }
   }
-  void request_flag() {
-    check(cudaMemcpyAsync(workspace_->host_flag(), workspace_->flag(), sizeof(int),
-                          cudaMemcpyDeviceToHost, stream_),
+  void clear(int* flag) { check(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "clear a flag"); }
+  void request(const int* flag) {
+    check(cudaMemcpyAsync(host_flag(), flag, sizeof(int), cudaMemcpyDeviceToHost, stream_),
           "copy a flag");
     flag_is_there_.emplace().record(stream_);
   }
   // Waits for the reductions alone: the update behind them is under way meanwhile.
   int awaited_flag() {
     flag_is_there_->wait();
-    return *workspace_->host_flag();
+    return *host_flag();
   }
 
   void copy(void* to, const void* from, std::size_t bytes) {
@@ -217,12 +198,27 @@ class Device {
     return attributes.device;
   }
 
-  static Workspace* make_workspace(int device) { return new DeviceWorkspace(device); }
+  static void* allocate(int device, std::size_t bytes) {
+    const CurrentDevice current(device);
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes), "allocate scratch memory");
+    return memory;
+  }
+  // cudaFree waits for kernels that still use the memory. Errors have nobody to go to: at the end
+  // of a process the runtime may be gone already.
+  static void deallocate(int device, void* memory) {
+    if (memory == nullptr) return;
+    try {
+      const CurrentDevice current(device);
+      cudaFree(memory);
+    } catch (const std::runtime_error&) {
+    }
+  }
 
  private:
-  void require_no_capture() const {
+  static void require_no_capture(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    const cudaError_t error = cudaStreamIsCapturing(stream_, &status);
+    const cudaError_t error = cudaStreamIsCapturing(stream, &status);
     if (error == cudaErrorStreamCaptureImplicit || status != cudaStreamCaptureStatusNone) {
       cudaGetLastError();
       throw std::runtime_error(kCaptureRefused);
@@ -233,15 +229,14 @@ class Device {
   const CurrentDevice current_;
   const cudaStream_t stream_;
   const std::span<const std::uintptr_t> others_;
-  DeviceWorkspace* const workspace_;
   std::optional<Event> flag_is_there_;
 };
 
 }  // namespace
 
-const Api& api() {
-  static const Api kApi = make_api<Device>();
-  return kApi;
+const Backend& backend() {
+  static const Backend kBackend = make_backend<Device>();
+  return kBackend;
 }
 
 }  // namespace adamax::cuda

@@ -6,10 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "adamax/dtypes.hpp"
 #include "core/clip_norm.hpp"
-#include "core/step_scalars.hpp"
 #include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 #include "cuda/access.hpp"
@@ -22,136 +22,144 @@ struct Place {
 };
 
 template <DType dtype>
-using Storage = typename TypeOf<dtype>::Storage;
+using Stored = typename TypeOf<dtype>::Stored;
+// What it is computed in.
 template <DType dtype>
-using Compute = typename TypeOf<dtype>::Compute;
+using Vector = scalar::Vec<typename TypeOf<dtype>::Compute>;
 
 // ---- The step -----------------------------------------------------------------------------------
 
 // What the elementwise kernels have in common. `veto`, where it is set, stands for a gradient that
-// is not finite: nothing is changed then.
-template <class T, bool is_small>
+// is not finite: nothing is changed then. A block is a chunk.
+template <class V, bool is_small>
 struct Elementwise {
   Table<UpdateRow, is_small> table;
-  VectorScalars<scalar::Vec<T>> scalars;
+  Groups<V> groups;
   const int* veto;
 
   ADAMAX_HOST_DEVICE bool is_vetoed() const { return veto != nullptr && *veto != 0; }
   std::uint32_t blocks() const { return table.chunks; }
 };
 
-// A block is a chunk.
-template <int pair, bool has_average, bool has_accumulator, bool is_small>
-struct Update : Elementwise<Compute<kPairs[pair].param>, is_small> {
+template <int storage, bool has_average, bool has_accumulator, bool is_small>
+struct Update : Elementwise<Vector<kStorages[storage].param>, is_small> {
   static constexpr const char* kName = "update";
-  using T = Compute<kPairs[pair].param>;
-  using V = scalar::Vec<T>;
-  using Param = Storage<kPairs[pair].param>;
-  using Grad = Storage<kPairs[pair].grad>;
-  EpsilonRule epsilon;
-  AverageMode average_mode;
-  bool overwrite;
+  using V = Vector<kStorages[storage].param>;
+  using T = typename V::Scalar;
+  using Param = Stored<kStorages[storage].param>;
+  using Grad = Stored<kStorages[storage].grad>;
+  using State = Stored<kStorages[storage].state>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     if (this->is_vetoed()) return;
     const UpdateRow& row = this->table.row_of(place.block);
-    const Rule rule{row.decay, epsilon, has_average, has_accumulator};
-    VectorScalars<V> s = this->scalars;
+    GroupScalars<V> group = this->groups.of(row.group);
+    VectorScalars<V>& s = group.scalars;
     if (row.clip != nullptr) {
       s.clip_scale = V(static_cast<T>(*row.clip));
       s.clips = true;
     }
-    for_each<kWidth<Param, Grad>>(stretch_of(row, place.block), place.thread,
-                                  [&](auto width, std::int64_t i) {
-                                    update_elements<decltype(width)::value>(row, rule, s, i);
-                                  });
-  }
+    auto* const param = static_cast<Param*>(row.param);
+    auto* const momentum = static_cast<State*>(row.momentum);
+    auto* const norm = static_cast<State*>(row.norm);
+    auto* const averages = static_cast<State*>(row.average);
+    auto* const accumulator = static_cast<State*>(row.accumulator);
+    // No gradient: the accumulator's memory is read in its place, and the numbers are dropped,
+    // because a load that may not take place would stand between the others.
+    const bool has_grad = !has_accumulator || row.grad != nullptr;
+    auto* const grad = static_cast<const Grad*>(has_grad ? row.grad : row.accumulator);
 
- private:
-  template <int width>
-  ADAMAX_HOST_DEVICE void update_elements(const UpdateRow& row, Rule rule,
-                                          const VectorScalars<V>& s, std::int64_t i) const {
-    V w[width], h[width], m[width], u[width], average[width], accumulated[width];
-    Param* const param = static_cast<Param*>(row.param) + i;
-    T* const momentum = static_cast<T*>(row.momentum) + i;
-    T* const norm = static_cast<T*>(row.norm) + i;
-    T* const averages = static_cast<T*>(row.average) + i;
-    T* const accumulator = static_cast<T*>(row.accumulator) + i;
-    // All loads before the first store: they wait for memory together.
-    load(static_cast<const Grad*>(row.grad) + i, h);
-    load(param, w);
-    load(momentum, m);
-    load(norm, u);
-    if constexpr (has_accumulator) load(accumulator, accumulated);
-    if constexpr (has_average) load(averages, average);
-    for (int k = 0; k < width; ++k) {
-      if (s.unscales) h[k] = h[k] * s.grad_scale;
-      if constexpr (has_accumulator) {
-        h[k] = (accumulated[k] + h[k]) * s.mean_scale;
-        accumulated[k] = V(T(0));
-      }
-      update(w[k], h[k], m[k], u[k], rule, s);
-      if constexpr (has_average) {
-        w[k] = w[k].rounded_to(param);
-        update_average(average[k], w[k], average_mode, s);
-        if (overwrite) w[k] = average[k];
-      }
-    }
-    store(m, momentum);
-    store(u, norm);
-    store(w, param);
-    if constexpr (has_accumulator) store(accumulated, accumulator);
-    if constexpr (has_average) store(average, averages);
+    for_each<kWidth<Param, Grad>>(
+        stretch_of(row, place.block), place.thread,
+        [&](auto access, std::int64_t i) {
+          constexpr int kCount = access.width;
+          V w[kCount], h[kCount], m[kCount], u[kCount];
+          [[maybe_unused]] V average[kCount], accumulated[kCount];
+          // All loads before the first store.
+          access.load(grad + i, h);
+          access.load(param + i, w);
+          access.load(momentum + i, m);
+          access.load(norm + i, u);
+          if constexpr (has_accumulator) access.load(accumulator + i, accumulated);
+          if constexpr (has_average) access.load(averages + i, average);
+          for (int k = 0; k < kCount; ++k) {
+            if (!has_grad) h[k] = V(0);
+            if (s.unscales) h[k] = h[k] * s.grad_scale;
+            if constexpr (has_accumulator) {
+              h[k] = (accumulated[k] + h[k]) * s.mean_scale;
+              accumulated[k] = V(0);
+            }
+            update(w[k], h[k], m[k], u[k], group.decay_rule, group.epsilon_rule, s);
+            if constexpr (has_average) {
+              w[k] = w[k].rounded_to(param);
+              update_average(average[k], w[k], group.average_mode, s);
+              if (group.overwrite) w[k] = average[k];
+            }
+          }
+          access.store(m, momentum + i);
+          access.store(u, norm + i);
+          access.store(w, param + i);
+          if constexpr (has_accumulator) access.store(accumulated, accumulator + i);
+          if constexpr (has_average) access.store(average, averages + i);
+        },
+        grad, param, momentum, norm, averages, accumulator);
   }
 };
 
 // accumulator += grad * grad_scale
 template <DType grad_dtype, bool is_small>
-struct Accumulate : Elementwise<Compute<grad_dtype>, is_small> {
+struct Accumulate : Elementwise<Vector<grad_dtype>, is_small> {
   static constexpr const char* kName = "accumulate";
-  using T = Compute<grad_dtype>;
-  using V = scalar::Vec<T>;
+  using V = Vector<grad_dtype>;
+  using T = typename V::Scalar;
+  using Grad = Stored<grad_dtype>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     if (this->is_vetoed()) return;
     const UpdateRow& row = this->table.row_of(place.block);
-    for_each<kWidth<Storage<grad_dtype>, Storage<grad_dtype>>>(
-        stretch_of(row, place.block), place.thread, [&](auto width, std::int64_t i) {
-          V h[decltype(width)::value], sum[decltype(width)::value];
-          T* const accumulator = static_cast<T*>(row.accumulator) + i;
-          load(static_cast<const Storage<grad_dtype>*>(row.grad) + i, h);
-          load(accumulator, sum);
-          for (int k = 0; k < width.value; ++k) sum[k] = sum[k] + h[k] * this->scalars.grad_scale;
-          store(sum, accumulator);
-        });
+    const VectorScalars<V> s = this->groups.of(row.group).scalars;
+    auto* const grad = static_cast<const Grad*>(row.grad);
+    auto* const accumulator = static_cast<T*>(row.accumulator);
+    for_each<kWidth<Grad, T>>(
+        stretch_of(row, place.block), place.thread,
+        [&](auto access, std::int64_t i) {
+          V h[access.width], sum[access.width];
+          access.load(grad + i, h);
+          access.load(accumulator + i, sum);
+          for (int k = 0; k < access.width; ++k) sum[k] = sum[k] + h[k] * s.grad_scale;
+          access.store(sum, accumulator + i);
+        },
+        grad, accumulator);
   }
 };
 
 // The average alone, for variables without a gradient.
 template <DType dtype, bool is_small>
-struct Average : Elementwise<Compute<dtype>, is_small> {
+struct Average : Elementwise<Vector<dtype>, is_small> {
   static constexpr const char* kName = "average";
-  using T = Compute<dtype>;
-  using V = scalar::Vec<T>;
-  AverageMode average_mode;
-  bool overwrite;
+  using V = Vector<dtype>;
+  using T = typename V::Scalar;
+  using Param = Stored<dtype>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     if (this->is_vetoed()) return;
     const UpdateRow& row = this->table.row_of(place.block);
-    for_each<kWidth<Storage<dtype>, Storage<dtype>>>(
-        stretch_of(row, place.block), place.thread, [&](auto width, std::int64_t i) {
-          V w[decltype(width)::value], average[decltype(width)::value];
-          Storage<dtype>* const param = static_cast<Storage<dtype>*>(row.param) + i;
-          T* const averages = static_cast<T*>(row.average) + i;
-          load(param, w);
-          load(averages, average);
-          for (int k = 0; k < width.value; ++k) {
-            update_average(average[k], w[k], average_mode, this->scalars);
+    const GroupScalars<V> group = this->groups.of(row.group);
+    auto* const param = static_cast<Param*>(row.param);
+    auto* const averages = static_cast<T*>(row.average);
+    for_each<kWidth<Param, T>>(
+        stretch_of(row, place.block), place.thread,
+        [&](auto access, std::int64_t i) {
+          V w[access.width], average[access.width];
+          access.load(param + i, w);
+          access.load(averages + i, average);
+          for (int k = 0; k < access.width; ++k) {
+            update_average(average[k], w[k], group.average_mode, group.scalars);
           }
-          store(average, averages);
-          if (overwrite) store(average, param);
-        });
+          access.store(average, averages + i);
+          if (group.overwrite) access.store(average, param + i);
+        },
+        param, averages);
   }
 };
 
@@ -162,14 +170,15 @@ struct Average : Elementwise<Compute<dtype>, is_small> {
 template <DType dtype, bool squares, bool is_small>
 struct Sums {
   static constexpr const char* kName = squares ? "squares" : "sums";
-  using T = Compute<dtype>;
-  using V = scalar::Vec<T>;
+  using V = Vector<dtype>;
+  using T = typename V::Scalar;
+  struct NoGroups {};
   Table<SumsRow, is_small> table;
-  VectorScalars<V> scalars;
-  int* not_finite;  // set to 1 if an element is infinite or NaN; may be null
+  std::conditional_t<squares, Groups<V>, NoGroups> groups;
+  int* not_finite;  // set to 1 if an element of a source is infinite or NaN; may be null
 
-  static constexpr int kGroups = kThreads / kLanes;  // chunks of a block
-  std::uint32_t blocks() const { return (table.chunks + kGroups - 1) / kGroups; }
+  static constexpr int kChunks = kThreads / kLanes;  // of a block
+  std::uint32_t blocks() const { return (table.chunks + kChunks - 1) / kChunks; }
 
   // `shared` has room for a number of each thread of the block.
   ADAMAX_HOST_DEVICE void operator()(Place place, double* shared) const {
@@ -179,13 +188,10 @@ struct Sums {
       const SumsRow& row = table.row_of(chunk);
       const Stretch stretch = stretch_of(row, chunk);
       const std::int64_t first = stretch.begin + place.thread % kLanes;
-      // The usual chunk has a known length, so that several loads are under way at a time.
-      if (stretch.end - stretch.begin == kBlock) {
-#pragma unroll 16
-        for (int r = 0; r < kBlock / kLanes; ++r) add_element(row, first + r * kLanes, sum);
-      } else {
-        for (std::int64_t i = first; i < stretch.end; i += kLanes) add_element(row, i, sum);
-      }
+      const bool by_element = is_aligned(static_cast<const Stored<dtype>*>(row.source)) &&
+                              is_aligned(static_cast<const T*>(row.accumulator));
+      sum = by_element ? sum_of_lane<ByElement>(row, first, stretch.end)
+                       : sum_of_lane<ByByte>(row, first, stretch.end);
     }
     shared[place.thread] = sum;
   }
@@ -199,25 +205,43 @@ struct Sums {
 
  private:
   ADAMAX_HOST_DEVICE static std::uint32_t chunk_of(Place place) {
-    return place.block * kGroups + place.thread / kLanes;
+    return place.block * kChunks + place.thread / kLanes;
   }
 
-  ADAMAX_HOST_DEVICE void add_element(const SumsRow& row, std::int64_t i, double& sum) const {
-    const T element =
-        scalar::to_compute(load_element(static_cast<const Storage<dtype>*>(row.source) + i));
-    if constexpr (squares) {
-      V h(element);
-      if (not_finite != nullptr && !(element - element == T(0))) *not_finite = 1;
-      if (scalars.unscales) h = h * scalars.grad_scale;
-      if (row.accumulator != nullptr) {
-        const V accumulated(load_element(static_cast<const T*>(row.accumulator) + i));
-        h = (accumulated + h) * scalars.mean_scale;
+  // A lane begins at element `first`.
+  template <class One>
+  ADAMAX_HOST_DEVICE double sum_of_lane(const SumsRow& row, std::int64_t first,
+                                        std::int64_t end) const {
+    // No source: the accumulator's memory is read in its place, as above.
+    const bool has_source = row.source != nullptr;
+    auto* const accumulator = static_cast<const T*>(row.accumulator);
+    auto* const source =
+        static_cast<const Stored<dtype>*>(has_source ? row.source : row.accumulator);
+    if (source == nullptr) return 0.0;  // neither
+    [[maybe_unused]] VectorScalars<V> s;
+    if constexpr (squares) s = groups.of(row.group).scalars;
+    double sum = 0.0;
+    bool is_finite = true;
+    for_each_column<One, kLanes>(first, end, [&](auto column, std::int64_t i) {
+      V h[column.width];
+      column.load(source + i, h);
+      if constexpr (squares) {
+        V accumulated[column.width];
+        if (accumulator != nullptr) column.load(accumulator + i, accumulated);
+        for (int k = 0; k < column.width; ++k) {
+          if (!has_source) h[k] = V(0);
+          is_finite = is_finite && h[k].v - h[k].v == T(0);
+          if (s.unscales) h[k] = h[k] * s.grad_scale;
+          if (accumulator != nullptr) h[k] = (accumulated[k] + h[k]) * s.mean_scale;
+          const double wide = static_cast<double>(h[k].v);
+          sum = sum + wide * wide;
+        }
+      } else {
+        for (int k = 0; k < column.width; ++k) sum = sum + h[k].v;
       }
-      const double wide = static_cast<double>(h.v);
-      sum = sum + wide * wide;
-    } else {
-      sum = sum + element;
-    }
+    });
+    if (not_finite != nullptr && !is_finite) *not_finite = 1;
+    return sum;
   }
 };
 
@@ -226,7 +250,7 @@ struct Clip {
   static constexpr const char* kName = "clip";
   const double* sums_of_squares;
   double* coefficients;
-  int count;
+  std::int64_t count;
   double limit;
   bool is_global;
 
@@ -234,13 +258,16 @@ struct Clip {
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     if (!is_global) {
-      for (int i = place.thread; i < count; i += kThreads) {
+      for (std::int64_t i = place.thread; i < count; i += kThreads) {
         coefficients[i] = clip_by_norm(limit, sums_of_squares[i]);
       }
     } else if (place.thread == 0) {
       double total = 0.0;
-#pragma unroll 16
-      for (int i = 0; i < count; ++i) total = total + sums_of_squares[i];
+      for_each_column<ByElement, 1>(0, count, [&](auto column, std::int64_t i) {
+        scalar::Vec<double> sums[column.width];
+        column.load(sums_of_squares + i, sums);
+        for (int k = 0; k < column.width; ++k) total = total + sums[k].v;
+      });
       coefficients[0] = clip_by_global_norm(limit, total);
     }
   }

@@ -1,7 +1,7 @@
-// The Python module _cuda: hands the Api to _core, and nothing else.
+// The Python module _cuda: hands the backend to _core, and nothing else.
 #include <Python.h>
 
-#include "cuda/device.hpp"
+#include "cuda/backend.hpp"
 
 PyMODINIT_FUNC PyInit__cuda() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
@@ -15,9 +15,12 @@ PyMODINIT_FUNC PyInit__cuda() {
                                    nullptr};
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
-  PyObject* const capsule = PyCapsule_New(const_cast<adamax::cuda::Api*>(&adamax::cuda::api()),
-                                          "adamax_ext.cuda.Api", nullptr);
-  if (capsule == nullptr || PyModule_AddObject(module, "api", capsule) != 0) {
+#ifdef Py_GIL_DISABLED
+  PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+  PyObject* const capsule = PyCapsule_New(const_cast<adamax::Backend*>(&adamax::cuda::backend()),
+                                          "adamax_ext.Backend", nullptr);
+  if (capsule == nullptr || PyModule_AddObject(module, "backend", capsule) != 0) {
     Py_XDECREF(capsule);
     Py_DECREF(module);
     return nullptr;

@@ -1,4 +1,4 @@
-// Tables of variables that travel to the GPU as kernel arguments, and how a block finds its work.
+// Tables that travel to the GPU as kernel arguments, and how a block finds its work in them.
 //
 // Pointers may change at every step; as arguments they need no copy to device memory of their own.
 #pragma once
@@ -11,13 +11,50 @@
 
 namespace adamax::cuda {
 
+// ---- Groups -------------------------------------------------------------------------------------
+
+// The scalars of a group, rounded to the type in which its rows are computed. `V` is a scalar::Vec.
+template <class V>
+struct GroupScalars {
+  VectorScalars<V> scalars;
+  DecayRule decay_rule;
+  EpsilonRule epsilon_rule;
+  AverageMode average_mode;
+  bool overwrite;
+
+  GroupScalars() = default;
+  explicit GroupScalars(const Scalars& s)
+      : scalars(s, 1.0),
+        decay_rule(s.decay_rule),
+        epsilon_rule(s.epsilon_rule),
+        average_mode(s.average_mode),
+        overwrite(s.overwrite) {}
+};
+
+// A few groups travel as arguments, more of them in device memory: one launch has rows of any
+// number of groups.
+constexpr int kFewGroups = 16;
+
+template <class V>
+struct Groups {
+  GroupScalars<V> few[kFewGroups];
+  const GroupScalars<V>* many;  // in device memory; null: they are few
+
+  ADAMAX_HOST_DEVICE GroupScalars<V> of(std::uint32_t group) const {
+    if (many != nullptr) return many[group];
+    return few[group];
+  }
+};
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
 // A row is a variable. It is cut into chunks of kBlock elements, numbered through the table.
 struct UpdateRow {
   std::int64_t size;          // elements
   std::uint32_t first_chunk;  // set by Table::add
-  DecayRule decay;
+  std::uint32_t group;
   void* param;
-  const void* grad;
+  const void* grad;  // null beside an accumulator: a gradient of zero
   void* momentum;
   void* norm;
   void* average;
@@ -28,27 +65,28 @@ struct UpdateRow {
 struct SumsRow {
   std::int64_t size;
   std::uint32_t first_chunk;
-  const void* source;
+  std::uint32_t group;
+  const void* source;       // may be null, likewise
   const void* accumulator;  // added to the source; may be null
   double* sums;             // one a chunk
 };
 
-// Kernel arguments hold 32,764 bytes from CUDA 12.1 on; the scalars of a step need some 200. Few
+// Kernel arguments hold 32,764 bytes from CUDA 12.1 on, of which a few groups take up to 1,700. Few
 // variables travel in a smaller table, because every launch copies all of it.
-template <class Row, bool is_small>
+template <class TableRow, bool is_small>
 struct Table {
-  static constexpr int kCapacity = (is_small ? 3'584 : 32'256) / sizeof(Row);
-  Row rows[kCapacity];
+  static constexpr int kCapacity = (is_small ? 3'584 : 31'000) / sizeof(TableRow);
+  TableRow rows[kCapacity];
   std::uint32_t count = 0;
   std::uint32_t chunks = 0;  // 2^32 chunks are more elements than any device holds
 
-  void add(Row row) {
+  void add(TableRow row) {
     row.first_chunk = chunks;
     rows[count++] = row;
     chunks += static_cast<std::uint32_t>(num_blocks(row.size));
   }
 
-  ADAMAX_HOST_DEVICE const Row& row_of(std::uint32_t chunk) const {
+  ADAMAX_HOST_DEVICE const TableRow& row_of(std::uint32_t chunk) const {
     std::uint32_t low = 0, high = count;  // the row begins in [low, high)
     while (high - low > 1) {
       const std::uint32_t middle = (low + high) / 2;
@@ -63,8 +101,8 @@ struct Stretch {
   std::int64_t begin, end;
 };
 
-template <class Row>
-ADAMAX_HOST_DEVICE Stretch stretch_of(const Row& row, std::uint32_t chunk) {
+template <class TableRow>
+ADAMAX_HOST_DEVICE Stretch stretch_of(const TableRow& row, std::uint32_t chunk) {
   const std::int64_t begin = static_cast<std::int64_t>(chunk - row.first_chunk) * kBlock;
   return {begin, begin + kBlock < row.size ? begin + kBlock : row.size};
 }

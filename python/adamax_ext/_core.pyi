@@ -1,6 +1,6 @@
 """Types of the native core, checked against the compiled module by mypy.stubtest."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 __version__: str
@@ -10,62 +10,66 @@ class IeeeMode:
     def __enter__(self) -> None: ...
     def __exit__(self, *args: object) -> None: ...
 
+class Group:
+    """Settings that variables share; attributes, with the defaults of the C++ struct."""
+
+    learning_rate: float
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    weight_decay: float
+    decay: str  # "decoupled" or "l2"
+    epsilon_mode: str  # "outside" or "inside"
+    clipvalue: float | None
+    ema_momentum: float
+    step: int
+    maximize: bool
+    def __init__(self) -> None: ...
+
+class Call:
+    """What one call does with all variables."""
+
+    grad_scale: float
+    clipnorm: float | None  # setting one of the two norms replaces the other
+    global_clipnorm: float | None
+    micro_batches: int
+    accumulate_only: bool
+    overwrite: bool
+    require_finite: bool
+    def __init__(self) -> None: ...
+
 class Plan:
+    """The variables of one optimizer, checked once."""
+
+    calls: int  # completed calls of step()
+    accumulated: list[bool]  # whether each accumulator holds gradients of the present window
     def __init__(
         self,
-        params: Sequence[Any],
+        params: tuple[Any, ...],
         names: Sequence[str],
+        groups: Sequence[int],
+        *,
         momentum: Sequence[Any],
         norm: Sequence[Any],
         averages: Sequence[Any] | None,
         accumulators: Sequence[Any] | None,
-        decays: Sequence[bool],
     ) -> None: ...
     def step(
         self,
-        grads: Sequence[Any],
-        variables: Sequence[Any] | None,
-        step: int,
-        loss_scale: float,
-        accumulate_only: bool,
-        overwrite: bool,
-        require_finite: bool,
-        learning_rate: float,
-        beta_1: float,
-        beta_2: float,
-        epsilon: float,
-        weight_decay: float | None,
-        clipnorm: float | None,
-        clipvalue: float | None,
-        global_clipnorm: float | None,
-        ema_momentum: float,
-        gradient_accumulation_steps: int | None,
+        grads: tuple[Any, ...],
+        variables: tuple[Any, ...] | None,
+        groups: Sequence[Group],
+        call: Call,
     ) -> bool: ...
-    calls: int
-    def overwrite(self, variables: Sequence[Any] | None) -> None: ...
+    def finalize(self, variables: tuple[Any, ...] | None) -> None: ...
 
 def update(
-    param: Any,
-    grad: Any,
-    m: Any,
-    u: Any,
-    step: int,
-    learning_rate: float,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    weight_decay: float,
-    l2_decay: bool,
-    epsilon_inside: bool,
-    grad_scale: float,
-    clipvalue: float | None,
-    average: Any,
-    ema_momentum: float,
+    param: Any, grad: Any, m: Any, u: Any, *, average: Any, group: Group, grad_scale: float
 ) -> None: ...
-def global_norm(buffers: Iterable[Any]) -> float: ...
+def global_norm(buffers: tuple[Any, ...]) -> float: ...
 def describe(
     buffer: Any, role: str, index: int
-) -> tuple[tuple[int, ...], tuple[int, ...], str, int, int, int]: ...
+) -> tuple[tuple[int, ...], tuple[int, ...], str, str, int, int, int]: ...
 def copy(to: Any, from_: Any) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def available_isas() -> list[str]: ...
@@ -74,3 +78,4 @@ def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def _override_cpu_limit(cpus: int) -> None: ...
 def _cgroup_cpu_limit(membership: str, mount: str) -> int: ...
+def _bias_correction(beta: float, step: int) -> float: ...

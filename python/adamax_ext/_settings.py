@@ -2,15 +2,41 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+
+from adamax_ext.locking import Exclusive, exclusive
+
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+class Checked(Exclusive):
+    """An object whose settings are checked whenever they are assigned, first by its constructor."""
+
+    checks: ClassVar[Mapping[str, Check]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.checks:
+            self._set(name, self.checks[name](name, value))
+        else:
+            super().__setattr__(name, value)
+
+    @exclusive  # a step that runs meanwhile would keep the old value for the next ones
+    def _set(self, name: str, value: Any) -> None:
+        self._before_setting(name, value)
+        super().__setattr__(name, value)
+
+    def _before_setting(self, name: str, value: Any) -> None:
+        """Refuse a checked value that does not fit to the rest."""
 
 
 def number(name: str, value: Any, wanted: str = "a number") -> float:
     """Return `value` as a float; TypeError if it is no number, ValueError if it is too large."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__"):
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if isinstance(value, (bool, np.bool_)) or is_complex or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be {wanted}; received {value!r}")
     try:
         return float(value)
@@ -27,12 +53,8 @@ def real(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> 
     return result
 
 
-def positive(name: str, value: Any) -> float:
-    return real(name, value, "> 0", lambda x: x > 0)
-
-
-def not_negative(name: str, value: Any) -> float:
-    return real(name, value, ">= 0", lambda x: x >= 0)
+positive = partial(real, wanted="> 0", valid=lambda x: x > 0)
+not_negative = partial(real, wanted=">= 0", valid=lambda x: x >= 0)
 
 
 def integer(name: str, value: Any, least: int, most: int = 2**53) -> int:
@@ -44,27 +66,42 @@ def integer(name: str, value: Any, least: int, most: int = 2**53) -> int:
     return int(value)
 
 
-def positive_or_none(name: str, value: Any) -> float | None:
-    return None if value is None else positive(name, value)
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; received {value!r}")
+    return bool(value)
 
 
-def integer_or_none(name: str, value: Any, least: int) -> int | None:
-    return None if value is None else integer(name, value, least)
+def string(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string; received {value!r}")
+    return value
 
 
-def is_second(name: str, value: Any, first: str, second: str) -> bool:
-    """Return whether `value` is the second of two words; ValueError if it is neither."""
-    if not (isinstance(value, str) and value in (first, second)):
-        raise ValueError(f"{name} must be '{first}' or '{second}'; received {value!r}")
-    return value == second
+def optional(check: Check) -> Check:
+    """Return a check that lets None through."""
+    return lambda name, value: None if value is None else check(name, value)
 
 
-def sequence(name: str, values: Any, what: str = "buffers") -> Sequence[Any]:
-    """Return `values` as a list or tuple; TypeError for one buffer, which would fall into rows."""
-    if isinstance(values, (list, tuple)):
-        return values
-    is_single = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "__array__")
-    if is_single or not isinstance(values, Iterable) or isinstance(values, memoryview):
-        received = repr(values) if what == "strings" else type(values).__name__
-        raise TypeError(f"{name} must be a sequence of {what}; received {received}")
-    return list(values)
+def sequence(name: str, values: Any, what: str = "buffers") -> tuple[Any, ...]:
+    """Return what `values` gives as a tuple; TypeError for one buffer, which would fall to rows."""
+    if not isinstance(values, (list, tuple)):
+        is_single = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "__array__")
+        if is_single or not isinstance(values, Iterable) or isinstance(values, memoryview):
+            received = repr(values) if what == "strings" else type(values).__name__
+            raise TypeError(f"{name} must be a sequence of {what}; received {received}")
+    return tuple(values)
+
+
+def without_leftovers(
+    config: Mapping[str, Any], leftovers: Mapping[str, Collection[Any]]
+) -> dict[str, Any]:
+    """Return a copy of a config without keys of older Keras; ValueError if one has an effect."""
+    for name, harmless in leftovers.items():
+        if name in config and config[name] not in harmless:
+            allowed = " or ".join(map(repr, harmless))
+            raise ValueError(
+                f"{name} of the config must be {allowed}: nothing here does more with it; "
+                f"received {config[name]!r}"
+            )
+    return {key: value for key, value in config.items() if key not in leftovers}

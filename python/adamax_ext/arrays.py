@@ -15,7 +15,7 @@ Array: TypeAlias = Any
 
 def zeros_for(variable: Any, role: str, index: int) -> Array:
     """Return zeros with shape, memory order and device of `variable`, in its compute type."""
-    shape, strides, dtype, _, _, device = _core.describe(variable, role, index)
+    shape, strides, _, dtype, _, _, device = _core.describe(variable, role, index)
     if device < 0:
         return _zeros(shape, strides, dtype)
     for base in type(variable).__mro__:
@@ -44,14 +44,37 @@ def shape_and_dtype(array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, np.dtype(dtype)
 
 
-def to_host(array: Any) -> HostArray:
+def as_host(array: Any, name: str) -> HostArray:
+    """Return what exports memory, or holds numbers, as NumPy's; ValueError if NumPy cannot read it.
+
+    It is no copy if it need not be. What NumPy does not know becomes float32: the bfloat16 of
+    torch, and the void of two bytes in which HDF5 keeps it.
+    """
+    try:
+        if hasattr(array, "detach"):  # a torch tensor, which may require grad or be on a GPU
+            array = array.detach().cpu()
+            array = array.float() if str(array.dtype) == "torch.bfloat16" else array
+        if not isinstance(array, np.ndarray) and _is_on_device(array):
+            shape, strides, dtype, *_ = _core.describe(array, name, -1)
+            copy = _zeros(shape, strides, dtype)
+            _core.copy(copy, array)
+            array = copy
+        elif hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+            array = np.from_dlpack(array)
+        host: HostArray = np.asarray(array)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise ValueError(
+            f"{name} must be an array that NumPy can read; received {type(array).__name__}: {error}"
+        ) from error
+    if host.dtype == np.dtype("V2"):
+        patterns = np.array(host, order="C").view(np.uint16)
+        host = np.asarray(patterns.astype(np.uint32) << 16).view(np.float32)
+    return host
+
+
+def to_host(array: Array) -> HostArray:
     """Return a NumPy copy in C order, as checkpoint files need it."""
-    if not isinstance(array, np.ndarray) and _is_on_device(array):
-        shape, strides, dtype, *_ = _core.describe(array, "state", 0)
-        copy = _zeros(shape, strides, dtype)
-        _core.copy(copy, array)
-        array = copy
-    return np.array(array, order="C")
+    return np.array(as_host(array, "state"), order="C")
 
 
 def assign(array: Array, values: HostArray) -> None:

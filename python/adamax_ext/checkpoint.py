@@ -1,9 +1,12 @@
 """Checkpoint files: safetensors with a JSON header, replaced atomically, read all or nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,8 +16,17 @@ from safetensors import SafetensorError, safe_open
 
 from adamax_ext import arrays
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER = "adamax_ext"
+_COMMON = {"format_version", "calls", "learning_rate", "state"}
+_KEYS = {
+    # Exclusions were no state, but settings of a run; they are not looked at.
+    1: _COMMON | {"excluded_from_weight_decay"},
+    2: _COMMON | {"gradient_accumulation_steps", "accumulated"},
+}
+# What syncing a folder gives where there is no such thing; PostgreSQL ignores the same.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+_NO_FOLDER_SYNC |= {errno.EACCES, errno.EISDIR}  # on opening it
 
 PathLike: TypeAlias = str | os.PathLike[str]
 State: TypeAlias = dict[str, dict[str, np.ndarray[Any, Any]]]
@@ -32,12 +44,16 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
         for kind, array in kinds.items()
     }
     header = {key: value for key, value in state_dict.items() if key != "state"}
+    replaced = _regular_file(path)
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     data = safetensors.numpy.save(tensors, metadata={_HEADER: json.dumps(header)})
     temporary = target.with_name(f".adamax_ext-{secrets.token_hex(8)}.tmp")
+    mode = 0o666 if replaced is None else stat.S_IMODE(replaced.st_mode)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "wb") as file:
+            if replaced is not None:
+                _keep_owner_and_mode(descriptor, replaced)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -46,11 +62,41 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    _sync_folder(target.parent)
+
+
+def _regular_file(path: PathLike) -> os.stat_result | None:
+    """Return what is at `path`, None if nothing is; OSError if it is no regular file."""
     try:
-        os.fsync(folder)  # the new name itself survives a power failure
-    finally:
-        os.close(folder)
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return status
+
+
+def _keep_owner_and_mode(descriptor: int, replaced: os.stat_result) -> None:
+    """Give the new file those of the one that it replaces, as far as this process may."""
+    if hasattr(os, "fchown"):
+        for owner, group in ((replaced.st_uid, -1), (-1, replaced.st_gid)):
+            with contextlib.suppress(PermissionError):
+                os.fchown(descriptor, owner, group)
+        with contextlib.suppress(PermissionError):  # last: a new owner clears bits
+            os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a power failure, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def read(path: PathLike) -> dict[str, Any]:
@@ -64,6 +110,7 @@ def read(path: PathLike) -> dict[str, Any]:
         The file is torn, or is no checkpoint of this package.
     """
     state: State = {}
+    _regular_file(path)  # opening a FIFO would wait for ever
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -74,63 +121,103 @@ def read(path: PathLike) -> dict[str, Any]:
             header = json.loads(metadata[_HEADER])
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 name, _, kind = key.rpartition("/")
-                state.setdefault(name, {})[kind] = file.get_tensor(key)
-    except SafetensorError as error:
+                state.setdefault(name, {})[kind] = _tensor(file, key)
+    except (SafetensorError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is torn, or no safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a header that is no JSON object: {header!r}")
     return {**header, "state": state}
 
 
-def require_format(state_dict: dict[str, Any], keys: set[str]) -> None:
-    """Raise ValueError unless `state_dict` has this format version and exactly these keys."""
+def _tensor(file: Any, key: str) -> arrays.HostArray:
+    try:
+        return file.get_tensor(key)  # type: ignore[no-any-return]
+    except (AttributeError, TypeError) as error:  # bfloat16 and float8, which NumPy does not know
+        dtype = file.get_slice(key).get_dtype()
+        raise ValueError(f"{key} must be of float32 or float64; received {dtype}") from error
+
+
+def require_format(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless `state_dict` has a known version and exactly the keys of that."""
     if not isinstance(state_dict, dict):
         raise TypeError(f"state_dict must be a dict; received {type(state_dict).__name__}")
     version = state_dict.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format_version must be {FORMAT_VERSION}; received {version!r}")
-    if set(state_dict) != keys:
+    if type(version) is not int or version not in _KEYS:
+        raise ValueError(f"format_version must be 1 or 2; received {version!r}")
+    if set(state_dict) != _KEYS[version]:
         raise ValueError(
-            f"state_dict must have the keys {sorted(keys)}; received {sorted(map(str, state_dict))}"
+            f"state_dict must have the keys {sorted(_KEYS[version])}; "
+            f"received {sorted(map(str, state_dict))}"
         )
 
 
-def require_like(state: Any, expected: State) -> None:
-    """Raise ValueError unless `state` has the names, kinds, shapes and dtypes of `expected`."""
+def pending_names(
+    state_dict: dict[str, Any], calls: int, steps: int | None, names: Iterable[str]
+) -> list[str] | None:
+    """Return which of `names` have accumulated gradients; None for version 1, which cannot tell.
+
+    ValueError if another number of `steps` was accumulated, or for anything but such a list.
+    """
+    if state_dict["format_version"] == 1:
+        return None
+    saved, pending = state_dict["gradient_accumulation_steps"], state_dict["accumulated"]
+    if saved != steps:
+        raise ValueError(
+            f"gradient_accumulation_steps of the state_dict is {saved!r}, of the optimizer "
+            f"{steps!r}; expected the same"
+        )
+    possible = frozenset(names if steps is not None and calls % steps else ())
+    is_list = isinstance(pending, list) and all(isinstance(name, str) for name in pending)
+    if not (is_list and possible.issuperset(pending)):
+        raise ValueError(
+            "accumulated must be a list of variables, and empty where no window of calls has "
+            f"begun; received {pending!r}"
+        )
+    return pending  # type: ignore[no-any-return]
+
+
+def fitting(state: Any, expected: State) -> State:
+    """Return `state` with arrays of NumPy; ValueError unless all is like that of `expected`."""
     if not isinstance(state, dict) or not all(isinstance(x, dict) for x in state.values()):
         raise ValueError(f"state must be a dict of dicts of arrays; received {state!r}")
     if set(state) != set(expected):
-        missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        missing, unknown = sorted(set(expected) - set(state)), list(set(state) - set(expected))
         raise ValueError(
             f"state must have the built variables; missing {missing}, unknown {unknown}"
         )
+    result: State = {}
     for name, kinds in expected.items():
         if set(state[name]) != set(kinds):
             raise ValueError(
-                f"state of '{name}' must have {sorted(kinds)}; received {sorted(state[name])}"
+                f"state of '{name}' must have {sorted(kinds)}; "
+                f"received {sorted(map(str, state[name]))}"
             )
+        result[name] = {}
         for kind, array in kinds.items():
-            received, wanted = state[name][kind], arrays.shape_and_dtype(array)
-            shape, dtype = np.shape(received), getattr(received, "dtype", None)
-            if (shape, dtype) != wanted:
+            received = arrays.as_host(state[name][kind], f"{kind} of '{name}'")
+            wanted = arrays.shape_and_dtype(array)
+            if (received.shape, received.dtype) != wanted:
                 raise ValueError(
                     f"{kind} of '{name}' must have shape {wanted[0]} and dtype {wanted[1]}; "
-                    f"received shape {shape} and dtype {dtype}"
+                    f"received shape {received.shape} and dtype {received.dtype}"
                 )
+            result[name][kind] = received
+    return result
 
 
-def converted(weights: list[np.ndarray[Any, Any]], expected: list[Any]) -> list[Any]:
-    """Return `weights` with the dtypes of `expected`; ValueError unless all fit there."""
-    if len(weights) != len(expected):
-        raise ValueError(f"weights must have {len(expected)} arrays; received {len(weights)}")
+def converted(weights: Iterable[Any], expected: list[Any]) -> list[arrays.HostArray]:
+    """Return `weights` as NumPy's, with the dtypes of `expected`; ValueError unless all fit."""
+    received = [arrays.as_host(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
+    if len(received) != len(expected):
+        raise ValueError(f"weights must have {len(expected)} arrays; received {len(received)}")
     result = []
-    for i, (weight, array) in enumerate(zip(weights, expected, strict=True)):
+    for i, (weight, array) in enumerate(zip(received, expected, strict=True)):
         shape, dtype = arrays.shape_and_dtype(array)
         try:
             if weight.shape != shape:
                 raise TypeError("another shape")
             with np.errstate(over="raise"):
-                result.append(weight.astype(dtype, casting="same_kind"))
+                result.append(weight.astype(dtype, casting="same_kind", copy=False))
         except (TypeError, FloatingPointError) as error:
             raise ValueError(
                 f"weights[{i}] must have shape {shape} and a dtype like {dtype}; "

@@ -111,7 +111,7 @@ class NumpyAdamax:
             m[np.abs(m) < tiny] = 0
             u[u < tiny] = 0
             w[...] = w - (rate * m) / (u + f32(EPSILON))
-            mixed = average * f32(EMA) + w * f32(1 - EMA)
+            mixed = average * f32(EMA) + w * (f32(1) - f32(EMA))
             average[...] = w if self.step == 1 else mixed
 
     def same_bits(self, weights: Variables, optimizer: Adamax) -> bool:

@@ -82,24 +82,19 @@ def update(
     >>> w.round(3)
     array([0.75, 0.75, 0.75], dtype=float32)
     """
-    _core.update(
-        param,
-        grad,
-        m,
-        u,
-        _settings.integer("step", step, least=1),
-        _settings.number("learning_rate", learning_rate),
-        _settings.number("beta_1", beta_1),
-        _settings.number("beta_2", beta_2),
-        _settings.number("epsilon", epsilon),
-        _settings.number("weight_decay", weight_decay),
-        _settings.is_second("decay", decay, "decoupled", "l2"),
-        _settings.is_second("epsilon_mode", epsilon_mode, "outside", "inside"),
-        _settings.number("grad_scale", grad_scale),
-        None if clipvalue is None else _settings.number("clipvalue", clipvalue),
-        average,
-        _settings.number("ema_momentum", ema_momentum),
-    )
+    group = _core.Group()
+    group.step = _settings.integer("step", step, least=1)
+    group.learning_rate = _settings.number("learning_rate", learning_rate)
+    group.beta_1 = _settings.number("beta_1", beta_1)
+    group.beta_2 = _settings.number("beta_2", beta_2)
+    group.epsilon = _settings.number("epsilon", epsilon)
+    group.weight_decay = _settings.number("weight_decay", weight_decay)
+    group.decay = decay
+    group.epsilon_mode = epsilon_mode
+    group.clipvalue = None if clipvalue is None else _settings.number("clipvalue", clipvalue)
+    group.ema_momentum = _settings.number("ema_momentum", ema_momentum)
+    scale = _settings.number("grad_scale", grad_scale)
+    _core.update(param, grad, m, u, average=average, group=group, grad_scale=scale)
 
 
 def global_norm(buffers: Iterable[Any]) -> float:

@@ -1,7 +1,9 @@
 """`LossScaleOptimizer`: a loss scale that follows what the gradients can bear."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -9,12 +11,24 @@ from adamax_ext import _settings, checkpoint
 from adamax_ext.arrays import Array
 from adamax_ext.locking import exclusive
 from adamax_ext.optimizer import Adamax
+from adamax_ext.progress import Progress
 from adamax_ext.rates import Rate
 from adamax_ext.saving import Saveable
 
-# The scale does not leave this range by itself: it and its reciprocal stay normal float32 numbers,
-# as which Keras stores it.
+# In this range a scale and its reciprocal are normal float32 numbers, as which Keras stores it.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
+_scale = partial(
+    _settings.real, wanted="in [2**-126, 2**126]", valid=lambda x: _SMALLEST <= x <= _LARGEST
+)
+
+
+def _adamax(name: str, value: Any) -> Adamax:
+    if not isinstance(value, Adamax):
+        raise TypeError(f"{name} must be an Adamax; received {value!r}")
+    return value
+
+
+_adopt = exclusive(Adamax.adopt)  # not while it steps by itself
 
 
 class LossScaleOptimizer(Saveable):
@@ -28,8 +42,8 @@ class LossScaleOptimizer(Saveable):
     ----------
     inner_optimizer : Adamax
         Does the steps. Its own `loss_scale_factor` is cleared.
-    initial_scale : float > 0
-        Scale to begin with.
+    initial_scale : float
+        Scale to begin with, from 2**-126 to 2**126, between which it stays.
     dynamic_growth_steps : int >= 1
         Good steps in a row after which the scale doubles.
     name : str, optional
@@ -41,6 +55,13 @@ class LossScaleOptimizer(Saveable):
         An argument out of range, named with the value received.
     """
 
+    checks: ClassVar[Mapping[str, _settings.Check]] = {
+        "inner_optimizer": _adamax,
+        "initial_scale": _scale,
+        "dynamic_growth_steps": partial(_settings.integer, least=1),
+        "name": _settings.string,
+    }
+
     def __init__(
         self,
         inner_optimizer: Adamax,
@@ -48,18 +69,39 @@ class LossScaleOptimizer(Saveable):
         dynamic_growth_steps: int = 2000,
         name: str | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(inner_optimizer, Adamax):
-            raise TypeError(f"inner_optimizer must be an Adamax; received {inner_optimizer!r}")
-        self.initial_scale = _settings.positive("initial_scale", initial_scale)
-        self.dynamic_growth_steps = _settings.integer(
-            "dynamic_growth_steps", dynamic_growth_steps, least=1
-        )
+        self.initial_scale = initial_scale
+        self.dynamic_growth_steps = dynamic_growth_steps
         self.name = "loss_scale_optimizer" if name is None else name
         self.inner_optimizer = inner_optimizer
         self.inner_optimizer.loss_scale_factor = None  # the gradients would be scaled twice
         self.dynamic_scale = self.initial_scale
-        self.step_counter = 0  # good steps since the scale changed
+        self.step_counter = 0
+
+    def _before_setting(self, name: str, value: Any) -> None:
+        if name in ("inner_optimizer", "initial_scale") and "inner_optimizer" in vars(self):
+            raise ValueError(
+                f"{name} cannot be assigned after construction; received {value!r}: assign "
+                "dynamic_scale, or make another optimizer"
+            )
+
+    @property
+    def dynamic_scale(self) -> float:
+        """The present scale."""
+        return self.inner_optimizer.progress.loss_scale  # with all else that training changes
+
+    @dynamic_scale.setter
+    def dynamic_scale(self, value: float) -> None:
+        self.inner_optimizer.progress.loss_scale = _scale("dynamic_scale", value)
+
+    @property
+    def step_counter(self) -> int:
+        """Number of good steps since the scale changed."""
+        return self.inner_optimizer.progress.good_steps
+
+    @step_counter.setter
+    def step_counter(self, value: int) -> None:
+        value = _settings.integer("step_counter", value, least=0)
+        self.inner_optimizer.progress.good_steps = value
 
     @property
     def built(self) -> bool:
@@ -85,19 +127,15 @@ class LossScaleOptimizer(Saveable):
         grads = _settings.sequence("grads", grads)
         if not grads:
             return inner.calls
-        if inner.apply_scaled(grads, variables, self.dynamic_scale, require_finite=True):
-            self.step_counter += 1
-            if self.step_counter >= self.dynamic_growth_steps:
-                self._change_scale(2.0)
-                self.step_counter = 0
-        else:
-            self._change_scale(0.5)
-            self.step_counter = 0
+        is_good = inner.apply_scaled(grads, variables, self.dynamic_scale, require_finite=True)
+        progress = inner.progress
+        scale, good_steps = progress.loss_scale, progress.good_steps + 1 if is_good else 0
+        if not is_good or good_steps >= self.dynamic_growth_steps:
+            changed = scale * (2.0 if is_good else 0.5)
+            scale = changed if _SMALLEST <= changed <= _LARGEST else scale
+            good_steps = 0
+        progress.loss_scale, progress.good_steps = scale, good_steps
         return inner.calls
-
-    def _change_scale(self, factor: float) -> None:
-        if _SMALLEST <= self.dynamic_scale * factor <= _LARGEST:
-            self.dynamic_scale *= factor
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int:
         """Do one training step on pairs of gradient and variable; see `apply`."""
@@ -114,8 +152,12 @@ class LossScaleOptimizer(Saveable):
 
     @property
     def iterations(self) -> int:
-        """Number of completed updates of the inner optimizer."""
+        """Number of completed updates of the inner optimizer; settable as there."""
         return self.inner_optimizer.iterations
+
+    @iterations.setter
+    def iterations(self, value: int) -> None:
+        self.inner_optimizer.iterations = value
 
     @property
     def learning_rate(self) -> float:
@@ -161,21 +203,25 @@ class LossScaleOptimizer(Saveable):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "LossScaleOptimizer":
-        """Make an optimizer from `get_config` of this class or of its Keras counterpart."""
-        arguments = dict(config)
-        inner = arguments.pop("inner_optimizer")
-        if inner.get("class_name") != "Adamax":
-            raise ValueError(
-                f"inner_optimizer must be an Adamax; received {inner.get('class_name')!r}"
-            )
-        return cls(Adamax.from_config(inner["config"]), **arguments)
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> "LossScaleOptimizer":
+        """Make an optimizer from `get_config` of this class or of its Keras counterpart.
+
+        See `Adamax.from_config`.
+        """
+        arguments = _settings.without_leftovers(config, {"dynamic": (True,)})
+        inner = arguments.pop("inner_optimizer", None)
+        received = inner.get("class_name") if isinstance(inner, Mapping) else inner
+        if received != "Adamax" or not isinstance(inner, Mapping):
+            raise ValueError(f"inner_optimizer must be an Adamax; received {received!r}")
+        return cls(Adamax.from_config(inner["config"], custom_objects), **arguments)
 
     def _state_dict(self) -> dict[str, Any]:
         own = {"dynamic_scale": self.dynamic_scale, "step_counter": self.step_counter}
         return {**self.inner_optimizer.state_dict(), "loss_scale": own}
 
-    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Progress:
         own = state_dict.get("loss_scale") if isinstance(state_dict, dict) else None
         if not isinstance(own, dict) or set(own) != {"dynamic_scale", "step_counter"}:
             raise ValueError(
@@ -183,23 +229,21 @@ class LossScaleOptimizer(Saveable):
                 f"received {own!r}"
             )
         inner = {key: value for key, value in state_dict.items() if key != "loss_scale"}
-        scale, counter = own["dynamic_scale"], own["step_counter"]
-        return self._prepare(scale, counter, self.inner_optimizer.prepare_state_dict(inner))
+        progress = self.inner_optimizer.prepare_state_dict(inner)
+        return _with_scale(progress, own["dynamic_scale"], own["step_counter"])
 
-    def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
-        weights = checkpoint.converted(weights, self.variables)
-        counter, scale = weights[2].item(), weights[3].item()
-        return self._prepare(scale, counter, self.inner_optimizer.prepare_variables(weights[4:]))
+    def prepare_variables(self, weights: Iterable[Any]) -> Progress:
+        _, _, counter, scale, *inner = checkpoint.converted(weights, self.variables)
+        progress = self.inner_optimizer.prepare_variables(inner)
+        return _with_scale(progress, scale.item(), counter.item())
 
-    def _prepare(
-        self, scale: Any, counter: Any, load_inner: Callable[[], None]
-    ) -> Callable[[], None]:
-        scale = _settings.positive("dynamic_scale", scale)
-        counter = _settings.integer("step_counter", counter, least=0)
+    def adopt(self, progress: Progress) -> None:
+        _adopt(self.inner_optimizer, progress)
 
-        def commit() -> None:
-            with self.inner_optimizer.locked():
-                load_inner()
-            self.dynamic_scale, self.step_counter = scale, counter
 
-        return commit
+def _with_scale(progress: Progress, scale: Any, counter: Any) -> Progress:
+    return replace(
+        progress,
+        loss_scale=_scale("dynamic_scale", scale),
+        good_steps=_settings.integer("step_counter", counter, least=0),
+    )

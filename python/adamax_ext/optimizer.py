@@ -1,17 +1,22 @@
 """`Adamax`: configuration and bookkeeping of steps; one native call does the arithmetic."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
-import numpy as np
-
-from adamax_ext import _core, _settings, arrays, checkpoint, rates
+from adamax_ext import _settings, rates
 from adamax_ext.arrays import Array
 from adamax_ext.locking import exclusive
+from adamax_ext.native import Native
+from adamax_ext.progress import Progress
 from adamax_ext.saving import Saveable
 from adamax_ext.state import State
 from adamax_ext.weight_decay import Exclusion
+
+_beta = partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1)
+_positive_or_none = _settings.optional(_settings.positive)
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_FIXED = ("use_ema", "gradient_accumulation_steps")  # once there are arrays for them
 
 
 class Adamax(Saveable):
@@ -67,6 +72,22 @@ class Adamax(Saveable):
     array([0.75, 0.75, 0.75], dtype=float32)
     """
 
+    checks: ClassVar[Mapping[str, _settings.Check]] = {  # in the order of Keras' config
+        "weight_decay": _settings.optional(_settings.not_negative),
+        "clipnorm": _positive_or_none,
+        "global_clipnorm": _positive_or_none,
+        "clipvalue": _positive_or_none,
+        "use_ema": _settings.boolean,
+        "ema_momentum": partial(_settings.real, wanted="in [0, 1]", valid=lambda x: 0 <= x <= 1),
+        "ema_overwrite_frequency": _settings.optional(partial(_settings.integer, least=1)),
+        "loss_scale_factor": _positive_or_none,
+        "gradient_accumulation_steps": _settings.optional(partial(_settings.integer, least=2)),
+        "beta_1": _beta,
+        "beta_2": _beta,
+        "epsilon": _settings.positive,
+        "name": _settings.string,
+    }
+
     def __init__(
         self,
         learning_rate: rates.Rate = 0.001,
@@ -84,50 +105,47 @@ class Adamax(Saveable):
         gradient_accumulation_steps: int | None = None,
         name: str = "adamax",
     ) -> None:
-        super().__init__()
-        positive_or_none = _settings.positive_or_none
-        self._learning_rate = rates.checked(learning_rate)
-        self.beta_1 = _settings.real("beta_1", beta_1, "in [0, 1)", lambda x: 0 <= x < 1)
-        self.beta_2 = _settings.real("beta_2", beta_2, "in [0, 1)", lambda x: 0 <= x < 1)
-        self.epsilon = _settings.positive("epsilon", epsilon)
-        self.weight_decay = (
-            None if weight_decay is None else _settings.not_negative("weight_decay", weight_decay)
-        )
-        self.clipnorm = positive_or_none("clipnorm", clipnorm)
-        self.clipvalue = positive_or_none("clipvalue", clipvalue)
-        self.global_clipnorm = positive_or_none("global_clipnorm", global_clipnorm)
-        if sum(clip is not None for clip in (clipnorm, clipvalue, global_clipnorm)) > 1:
-            raise ValueError(
-                "at most one of clipnorm, clipvalue and global_clipnorm can be set; received "
-                f"clipnorm={clipnorm}, clipvalue={clipvalue}, global_clipnorm={global_clipnorm}"
-            )
-        if not isinstance(use_ema, (bool, np.bool_)):
-            raise TypeError(f"use_ema must be True or False; received {use_ema!r}")
-        self.use_ema = bool(use_ema)
-        self.ema_momentum = _settings.real(
-            "ema_momentum", ema_momentum, "in [0, 1]", lambda x: 0 <= x <= 1
-        )
-        self.ema_overwrite_frequency = _settings.integer_or_none(
-            "ema_overwrite_frequency", ema_overwrite_frequency, least=1
-        )
-        self.loss_scale_factor = positive_or_none("loss_scale_factor", loss_scale_factor)
-        self.gradient_accumulation_steps = _settings.integer_or_none(
-            "gradient_accumulation_steps", gradient_accumulation_steps, least=2
-        )
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string; received {name!r}")
+        self.progress = Progress(rates.checked(learning_rate))
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.weight_decay = weight_decay
+        self.clipnorm = clipnorm
+        self.clipvalue = clipvalue
+        self.global_clipnorm = global_clipnorm
+        self.use_ema = use_ema
+        self.ema_momentum = ema_momentum
+        self.ema_overwrite_frequency = ema_overwrite_frequency
+        self.loss_scale_factor = loss_scale_factor
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.name = name
-
         self._exclusion = Exclusion()
-        self._state: State | None = None  # once built, with its plan
-        self._plan: _core.Plan | None = None
+        self._native: Native | None = None
+
+    def _before_setting(self, name: str, value: Any) -> None:
+        if name in _FIXED and self.built:
+            raise ValueError(
+                f"{name} cannot be assigned after build(), which made the arrays for it; "
+                f"received {value!r}: make another optimizer"
+            )
+        known = vars(self) | {name: value}
+        if name in _CLIPS and known.keys() >= set(_CLIPS):  # after the last one in the constructor
+            received = ", ".join(f"{clip}={known[clip]}" for clip in _CLIPS)
+            if sum(known[clip] is not None for clip in _CLIPS) > 1:
+                raise ValueError(
+                    "at most one of clipnorm, clipvalue and global_clipnorm can be set; "
+                    f"received {received}"
+                )
+        if name == "gradient_accumulation_steps" and name in vars(self):
+            self.progress.calls = self.iterations * (value or 1)
+        self._native = None
 
     # ---- Variables -------------------------------------------------------------------------------
 
     @property
     def built(self) -> bool:
         """Whether the optimizer knows its variables."""
-        return self._state is not None
+        return self.progress.state is not None
 
     @exclusive
     def build(
@@ -152,35 +170,36 @@ class Adamax(Saveable):
             if names is not None:
                 raise ValueError(f"names must be None for a mapping; received {names!r}")
             names, variables = list(variables), list(variables.values())
-        variables = list(_settings.sequence("variables", variables))
-        if self._state is not None:
-            known = self._state.variables
-            if [id(variable) for variable in variables] != [id(variable) for variable in known]:
-                raise ValueError(
-                    "variables must be those that the optimizer was built with; make a new "
-                    "optimizer for new variables"
-                )
-            return
-        state = self._new_state(variables, names)
-        self._plan = state.plan()
-        self._state = state
+        variables = _settings.sequence("variables", variables)
+        state = self.progress.state
+        if state is None:
+            self.progress.state = self._new_state(variables, names)
+        elif [id(variable) for variable in variables] != [id(v) for v in state.variables]:
+            raise ValueError(
+                "variables must be those that the optimizer was built with; make a new optimizer "
+                "for new variables"
+            )
 
     def _new_state(self, variables: Sequence[Any], names: Iterable[str] | None) -> State:
-        variables = list(variables)
         if names is None:
             names = [f"variable_{i}" for i in range(len(variables))]
-        names = list(_settings.sequence("names", names, "strings"))
+        names = _settings.sequence("names", names, "strings")
         if not all(isinstance(name, str) for name in names):
-            raise TypeError(f"names must be strings; received {names}")
+            raise TypeError(f"names must be strings; received {list(names)}")
         if len(names) != len(variables) or len(set(names)) != len(names):
             raise ValueError(
                 f"names must be one unique string for each of the {len(variables)} variables; "
-                f"received {names}"
+                f"received {list(names)}"
             )
-        decays = self._exclusion.decays(variables, names)
-        return State.allocate(
-            variables, names, decays, self.use_ema, self.gradient_accumulation_steps is not None
-        )
+        kinds = ["momentum", "norm"]
+        kinds += ["average"] * self.use_ema
+        kinds += ["gradient_accumulator"] * (self.gradient_accumulation_steps is not None)
+        state = State(variables, names, self._exclusion.groups(variables, names), kinds)
+        state.plan.calls = self.calls
+        if self.calls > 0:
+            state.start_averages()
+        self._native = None  # of as many groups as this state
+        return state
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
@@ -208,22 +227,23 @@ class Adamax(Saveable):
         """State in Keras' order.
 
         Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then
-        momentum and norm of each variable. The first two are copies, the others live arrays.
+        momentum and norm of each variable. The first two are copies, the others live arrays, until
+        something is loaded.
         """
-        scalars: list[Array] = [np.array(self.calls, np.int64)]
-        if isinstance(self._learning_rate, float):
-            scalars.append(np.array(self._learning_rate, np.float32))
-        return scalars + (self._state.in_keras_order() if self._state else [])
+        return self.progress.variables()
 
     @property
     def state(self) -> dict[str, dict[str, Array]]:
-        """Live arrays by name and kind: momentum, norm, average, gradient_accumulator if kept."""
-        return self._state.by_name() if self._state else {}
+        """Live arrays by name and kind: momentum, norm, average, gradient_accumulator if kept.
+
+        Loading makes new ones; read this again after it.
+        """
+        return self.progress.state.by_name() if self.progress.state else {}
 
     @property
     def calls(self) -> int:
         """Number of completed calls of `apply`, micro-batches included."""
-        return self._plan.calls if self._plan else 0
+        return self.progress.calls
 
     # ---- Steps -----------------------------------------------------------------------------------
 
@@ -234,7 +254,8 @@ class Adamax(Saveable):
         ----------
         grads : sequence of buffers or None
             Gradients, each with shape and memory order of its variable. A variable whose gradient
-            is None is skipped with a warning. An empty sequence does nothing.
+            is None is skipped with a warning; in a micro-batch that counts as zeros, if another one
+            of the window has a gradient. An empty sequence does nothing.
         variables : sequence of buffers, optional
             The variables that `grads` belong to, in that order: those of `build`, some of them, or
             other objects for the same memory. By default all of them. Builds the optimizer on the
@@ -258,7 +279,7 @@ class Adamax(Saveable):
         On a GPU the step is queued on the current stream of the library of the first variable.
         """
         self.apply_scaled(grads, variables, self.loss_scale_factor or 1.0)
-        return self.calls
+        return self.progress.calls
 
     @exclusive
     def apply_scaled(
@@ -276,40 +297,36 @@ class Adamax(Saveable):
         grads = _settings.sequence("grads", grads)
         if not grads:
             return True
-        variables = None if variables is None else _settings.sequence("variables", variables)
-        state, plan = self._state, self._plan
-        if plan is None:
+        if variables is not None:
+            variables = _settings.sequence("variables", variables)
+        progress = self.progress
+        state = progress.state
+        is_first = state is None
+        if state is None:
             if variables is None:
                 raise ValueError("variables must be given to apply() before build() was called")
-            state = self._new_state(variables, None)
-            plan = state.plan()
-        calls = plan.calls
-        micro_batches = self.gradient_accumulation_steps or 1
-        updates_done, position = divmod(calls, micro_batches)
-        step = updates_done + 1
-        is_update = position == micro_batches - 1
-        frequency = self.ema_overwrite_frequency
-        applied = plan.step(
-            grads,
-            variables,
-            step,
-            loss_scale,
-            not is_update,
-            is_update and self.use_ema and frequency is not None and step % frequency == 0,
-            require_finite,
-            rates.at(self._learning_rate, calls) if is_update else 0.0,
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-            self.weight_decay,
-            self.clipnorm,
-            self.clipvalue,
-            self.global_clipnorm,
-            self.ema_momentum,
-            self.gradient_accumulation_steps,
-        )
-        self._state, self._plan = state, plan
-        return applied
+            state = progress.state = self._new_state(variables, None)
+        try:
+            calls = state.plan.calls
+            native = self._native
+            if native is None:
+                native = self._native = Native(self, 1 + max(state.groups, default=0))
+            updates_done, position = divmod(calls, native.micro_batches)
+            step = updates_done + 1
+            is_update = position == native.micro_batches - 1
+            rate = rates.at(progress.learning_rate, calls) if is_update else 0.0
+            every = native.overwrite_every
+            overwrites = is_update and every is not None and step % every == 0
+            now = rate, loss_scale, is_update, overwrites, require_finite
+            if native.now != now:
+                native.set(now)
+            for group in native.groups:
+                group.step = step
+            return state.plan.step(grads, variables, native.groups, native.call)
+        except BaseException:
+            if is_first and state.plan.calls == progress.calls_unbuilt:  # the step was not done
+                progress.state = None
+            raise
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int:
         """Do one training step on pairs of gradient and variable; see `apply`."""
@@ -328,27 +345,39 @@ class Adamax(Saveable):
         """
         if not self.use_ema:
             return
-        if self._plan is None:
+        if self.progress.state is None:
             raise ValueError("finalize_variable_values() must be called after build()")
-        if self.iterations == 0:
-            return
-        self._plan.overwrite(
-            None if variables is None else _settings.sequence("variables", variables)
-        )
+        if self.iterations > 0:
+            self.progress.state.plan.finalize(
+                None if variables is None else _settings.sequence("variables", variables)
+            )
 
     @property
     def iterations(self) -> int:
-        """Number of completed updates."""
+        """Number of completed updates; settable, to start `t` and a schedule elsewhere.
+
+        Where a window of accumulation has begun, it goes on. An average of the weights begins with
+        the weights as they are now, if there was no update yet, or as they are at `build`.
+        """
         return self.calls // (self.gradient_accumulation_steps or 1)
+
+    @iterations.setter
+    @exclusive
+    def iterations(self, value: int) -> None:
+        steps = self.gradient_accumulation_steps or 1
+        value = _settings.integer("iterations", value, least=0, most=2**53 // steps - 1)
+        if self.progress.state is not None and self.iterations == 0:
+            self.progress.state.start_averages()
+        self.progress.calls = value * steps + self.calls % steps
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step. Settable; a number cannot replace a schedule or a callable."""
-        return rates.at(self._learning_rate, self.calls)
+        return rates.at(self.progress.learning_rate, self.calls)
 
     @learning_rate.setter
     def learning_rate(self, value: rates.Rate) -> None:
-        self._learning_rate = rates.replacement(self._learning_rate, value)
+        self.progress.learning_rate = rates.replacement(self.progress.learning_rate, value)
 
     # ---- Configuration ---------------------------------------------------------------------------
 
@@ -356,116 +385,50 @@ class Adamax(Saveable):
         """Return the constructor's arguments as JSON values, in Keras' format."""
         return {
             "name": self.name,
-            "learning_rate": rates.to_config(self._learning_rate),
-            **{key: getattr(self, key) for key in _PLAIN_SETTINGS},
+            "learning_rate": rates.to_config(self.progress.learning_rate),
+            **{key: getattr(self, key) for key in self.checks},
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Adamax":
-        """Make an optimizer from `get_config` of this class or of ``keras.optimizers.Adamax``."""
-        arguments = dict(config)
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> "Adamax":
+        """Make an optimizer from `get_config` of this class or of ``keras.optimizers.Adamax``.
+
+        Parameters
+        ----------
+        config : mapping
+            Stays as it is. What Keras 2 wrote beside the settings must be without effect.
+        custom_objects : mapping of str to class, optional
+            Schedules of one's own by name.
+        """
+        arguments = _settings.without_leftovers(config, _LEFTOVERS)
         if "learning_rate" in arguments:
-            arguments["learning_rate"] = rates.from_config(arguments["learning_rate"])
+            rate = rates.from_config(arguments["learning_rate"], custom_objects)
+            arguments["learning_rate"] = rate
         return cls(**arguments)
 
     # ---- Saving and loading (the public methods are those of Saveable) ---------------------------
 
     def _state_dict(self) -> dict[str, Any]:
-        assert self._state is not None
-        pairs = zip(self._state.names, self._state.decays, strict=True)
-        return {
-            "format_version": checkpoint.FORMAT_VERSION,
-            "calls": self.calls,
-            "learning_rate": self._learning_rate
-            if isinstance(self._learning_rate, float)
-            else None,
-            "excluded_from_weight_decay": [name for name, decays in pairs if not decays],
-            "state": {
-                name: {kind: arrays.to_host(array) for kind, array in kinds.items()}
-                for name, kinds in self.state.items()
-            },
-        }
+        return self.progress.state_dict(self.gradient_accumulation_steps)
 
-    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        checkpoint.require_format(state_dict, _STATE_KEYS)
-        calls = _settings.integer("calls", state_dict["calls"], least=0)
-        rate, saved_rate = self._learning_rate, state_dict["learning_rate"]
-        if (saved_rate is None) == isinstance(rate, float):
-            raise ValueError(
-                f"learning_rate of the state_dict is {saved_rate!r}, of the optimizer {rate!r}; "
-                "expected both to be numbers, or neither"
-            )
-        if saved_rate is not None:
-            rate = _settings.not_negative("learning_rate", saved_rate)
-        assert self._state is not None
-        names, excluded = self._state.names, state_dict["excluded_from_weight_decay"]
-        if not isinstance(excluded, list) or not set(excluded) <= set(names):
-            raise ValueError(
-                f"excluded_from_weight_decay must name built variables, {names}; "
-                f"received {excluded}"
-            )
-        own, loaded = self.state, state_dict["state"]
-        checkpoint.require_like(loaded, own)
-        state = dataclasses.replace(self._state, decays=[name not in excluded for name in names])
-        plan = state.plan()
-        plan.calls = calls
-        pairs = [
-            # A copy: it may share memory with other state.
-            (array, arrays.to_host(loaded[name][kind]))
-            for name, kinds in own.items()
-            for kind, array in kinds.items()
-        ]
+    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Progress:
+        return self.progress.from_state_dict(state_dict, self.gradient_accumulation_steps)
 
-        def commit() -> None:
-            self._learning_rate, self._state, self._plan = rate, state, plan
-            for array, received in pairs:
-                arrays.assign(array, received)
+    def prepare_variables(self, weights: Iterable[Any]) -> Progress:
+        return self.progress.from_variables(weights, self.gradient_accumulation_steps)
 
-        return commit
-
-    def prepare_variables(self, weights: list[Array]) -> Callable[[], None]:
-        own = self.variables
-        weights = checkpoint.converted(weights, own)
-        calls = _settings.integer("weights[0] (the iteration)", weights[0].item(), least=0)
-        rate = self._learning_rate
-        if isinstance(rate, float):
-            received = _settings.not_negative("weights[1] (the rate)", weights[1].item())
-            # A rate that is ours rounded to float32 is ours.
-            rate = rate if np.float32(rate) == received else received
-
-        def commit() -> None:
-            assert self._plan is not None
-            self._plan.calls, self._learning_rate = calls, rate
-            for array, weight in zip(own, weights, strict=True):
-                arrays.assign(array, weight)
-
-        return commit
+    def adopt(self, progress: Progress) -> None:
+        self.progress = progress
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": self.calls}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        calls, self._plan = state["_plan"], None
-        if self._state is not None:
-            self._state = self._state.laid_out_anew()
-            self._plan = self._state.plan()
-            self._plan.calls = calls
+        return {**super().__getstate__(), "_native": None}
 
 
-# Settings that get_config() copies as they are.
-_PLAIN_SETTINGS = (
-    "weight_decay",
-    "clipnorm",
-    "global_clipnorm",
-    "clipvalue",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-    "beta_1",
-    "beta_2",
-    "epsilon",
-)
-_STATE_KEYS = {"format_version", "calls", "learning_rate", "excluded_from_weight_decay", "state"}
+# What Keras 2 wrote into a config beside the settings, and the values that change nothing.
+_LEFTOVERS = {
+    "decay": (None, 0.0),
+    "is_legacy_optimizer": (False, True),
+    "jit_compile": (None, False, True),
+}

@@ -1,14 +1,16 @@
 """Saving and loading, shared by the optimizers: check everything first, then load at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from adamax_ext import arrays, checkpoint
-from adamax_ext.locking import Exclusive, exclusive
+from adamax_ext._settings import Checked
+from adamax_ext.locking import exclusive
+from adamax_ext.progress import Progress
 
 
-class Saveable(Exclusive, ABC):
+class Saveable(Checked, ABC):
     """An optimizer with state; subclasses say what it is and how it is checked."""
 
     @property
@@ -26,12 +28,16 @@ class Saveable(Exclusive, ABC):
         """Return a copy of everything that training changes."""
 
     @abstractmethod
-    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        """Check what another `_state_dict` returned; the result loads it, without failing."""
+    def prepare_state_dict(self, state_dict: dict[str, Any]) -> Progress:
+        """Check what another `_state_dict` returned; return it as what `adopt` takes."""
 
     @abstractmethod
-    def prepare_variables(self, weights: list[arrays.HostArray]) -> Callable[[], None]:
-        """Check arrays in the order of `variables`; the result loads them, without failing."""
+    def prepare_variables(self, weights: Iterable[Any]) -> Progress:
+        """Check arrays in the order of `variables`; return them as what `adopt` takes."""
+
+    @abstractmethod
+    def adopt(self, progress: Progress) -> None:
+        """Go on from `progress`: one assignment, so that an interrupt finds all old or all new."""
 
     def _require_built(self) -> None:
         if not self.built:
@@ -39,7 +45,7 @@ class Saveable(Exclusive, ABC):
 
     @exclusive
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that training changes, and what has no weight decay.
+        """Return a copy of everything that training changes.
 
         Arrays are NumPy's, wherever the state lies: it can continue on the CPU or on a GPU.
 
@@ -55,20 +61,28 @@ class Saveable(Exclusive, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()` of an optimizer with the same settings and variables.
 
+        What the settings of this optimizer are stays as it is, exclusion from weight decay
+        included.
+
         Raises
         ------
         ValueError
-            The optimizer is not built, or version, names, arrays, shapes or dtypes differ. Nothing
-            has changed then.
+            The optimizer is not built; version, names, arrays, shapes, dtypes or the number of
+            accumulation steps differ; a norm is below zero. Nothing has changed then.
+
+        Notes
+        -----
+        It loads into new arrays and then exchanges all at once, also where an interrupt
+        (KeyboardInterrupt) ends it: read `state` and `variables` again after it.
         """
         self._require_built()
-        self.prepare_state_dict(state_dict)()
+        self.adopt(self.prepare_state_dict(state_dict))
 
     def save(self, path: checkpoint.PathLike) -> None:
         """Write `state_dict()` to a safetensors file.
 
-        A file that is there is replaced at once when the new one is complete on disk; an
-        interruption at any moment leaves the old or the new one.
+        A file that is there is replaced at once when the new one is complete on disk, and keeps
+        its mode and owner; an interruption at any moment leaves the old or the new one.
 
         Parameters
         ----------
@@ -78,7 +92,7 @@ class Saveable(Exclusive, ABC):
         Raises
         ------
         OSError
-            The file cannot be written.
+            The file cannot be written, or there is something else than a file.
         """
         checkpoint.write(path, self.state_dict())
 
@@ -92,7 +106,10 @@ class Saveable(Exclusive, ABC):
         ValueError
             It is torn, or does not fit. Nothing has changed then.
         """
-        self.load_state_dict(checkpoint.read(path))
+        try:
+            self.load_state_dict(checkpoint.read(path))
+        except TypeError as error:
+            raise ValueError(f"{path} does not fit: {error}") from error
 
     @exclusive
     def set_weights(self, weights: Iterable[Any]) -> None:
@@ -101,11 +118,15 @@ class Saveable(Exclusive, ABC):
         Raises
         ------
         ValueError
-            The optimizer is not built, or number, shapes or dtypes differ. Nothing has changed
-            then.
+            The optimizer is not built; number, shapes or dtypes differ; a norm is below zero.
+            Nothing has changed then.
+
+        Notes
+        -----
+        As with `load_state_dict`, the arrays of `state` and `variables` are new ones after it.
         """
         self._require_built()
-        self.prepare_variables([arrays.to_host(weight) for weight in weights])()
+        self.adopt(self.prepare_variables(weights))
 
     @exclusive
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
@@ -121,7 +142,8 @@ class Saveable(Exclusive, ABC):
         ValueError
             As `set_weights`.
         """
-        keys = [str(i) for i in range(len(store))]
-        if set(store) != set(keys):
-            raise ValueError(f"store must have the keys '0', '1', ...; received {list(store)}")
+        received = list(store.keys())
+        keys = [str(i) for i in range(len(received))]
+        if set(received) != set(keys):
+            raise ValueError(f"store must have the keys '0', '1', ...; received {received}")
         self.set_weights(store[key] for key in keys)

@@ -53,12 +53,15 @@ def _number(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a real number, received {value!r}")
     # Counts of steps stay whole; rates become floats: from an integer rate Keras gets integers.
     counts = "_steps" in name or "boundaries" in name
-    number = int(value) if counts and isinstance(value, numbers.Integral) else float(value)
     positive, least = name in ("decay_steps", "first_decay_steps"), int(name == "t_mul")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and number >= least) or (positive and number == 0):
         bound = "> 0" if positive else f">= {least}"
         raise ValueError(f"{name} must be finite and {bound}, received {value!r}")
-    return number
+    return int(value) if counts and isinstance(value, numbers.Integral) else number
 
 
 def _checked(name: str, value: object) -> object:
@@ -270,7 +273,7 @@ class CosineDecayRestarts(_BuiltIn):
         return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
 
 
-_CLASSES: dict[str, type[LearningRateSchedule]] = {c.__name__: c for c in _BuiltIn.__subclasses__()}
+CLASSES: dict[str, type[LearningRateSchedule]] = {c.__name__: c for c in _BuiltIn.__subclasses__()}
 
 
 def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
@@ -279,19 +282,43 @@ def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
         raise TypeError(f"schedule must be a LearningRateSchedule, received {schedule!r}")
     cls = type(schedule)
     return {
-        "module": _KERAS_MODULE if cls in _CLASSES.values() else cls.__module__,
+        "module": _KERAS_MODULE if cls in CLASSES.values() else cls.__module__,
         "class_name": cls.__name__,
         "config": schedule.get_config(),
         "registered_name": None,
     }
 
 
-def deserialize(config: Mapping[str, Any]) -> LearningRateSchedule:
-    """Build the schedule that Keras or `serialize` described; `config` stays as it is."""
+def deserialize(
+    config: Mapping[str, Any],
+    custom_objects: Mapping[str, type[LearningRateSchedule]] | None = None,
+) -> LearningRateSchedule:
+    """Build the schedule that Keras or `serialize` described.
+
+    Parameters
+    ----------
+    config : mapping
+        With ``class_name`` and ``config``; stays as it is.
+    custom_objects : mapping of str to class, optional
+        Classes of one's own, by the name that was registered with Keras or by their own.
+
+    Returns
+    -------
+    LearningRateSchedule
+        Of the class that is named.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Another kind of config, or a schedule that is not known.
+    """
     if not (isinstance(config, Mapping) and {"class_name", "config"} <= config.keys()):
         raise TypeError(f"config must be a mapping with class_name and config, received {config!r}")
     module, class_name = config.get("module", _KERAS_MODULE), config["class_name"]
-    if module != _KERAS_MODULE or class_name not in _CLASSES:
-        what = f"unknown schedule {class_name!r} of module {module!r}: use its own from_config"
-        raise ValueError(f"{what}, or one of {_KERAS_MODULE}: {', '.join(_CLASSES)}")
-    return _CLASSES[class_name].from_config(config["config"])
+    for name in (config.get("registered_name") or class_name, class_name):
+        if custom_objects is not None and name in custom_objects:
+            return custom_objects[name].from_config(config["config"])
+    if module != _KERAS_MODULE or class_name not in CLASSES:
+        what = f"unknown schedule {class_name!r} of module {module!r}: pass it in custom_objects"
+        raise ValueError(f"{what}, or one of {_KERAS_MODULE}: {', '.join(CLASSES)}")
+    return CLASSES[class_name].from_config(config["config"])

@@ -1,13 +1,12 @@
 // An emulated CUDA device: the kernels run thread by thread on the host, and a log tells what a GPU
 // would have been asked. Linked with csrc/cuda/module.cpp it is a module _cuda for tests.
 #include <cstring>
-#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "cuda/device.hpp"
-#include "cuda/make_api.hpp"
+#include "cuda/backend.hpp"
+#include "cuda/run.hpp"
 #include "cuda/support.hpp"
 
 namespace adamax::cuda {
@@ -21,17 +20,9 @@ Found the_machine{13000, 13000, 2, "", 0, 86};
 
 void log(const std::string& line) { the_log += line + "\n"; }
 
-// Memory is as large as was asked for, so that a checker of addresses sees what lies outside; what
-// a kernel did not write is NaN.
-struct HostWorkspace : Workspace {
-  std::vector<double> memory;
-  int flag = -1, host_flag = -1;
-};
-
 class Device {
  public:
-  Device(const Queue& queue, Workspace* workspace)
-      : queue_(queue), workspace_(static_cast<HostWorkspace*>(workspace)) {
+  explicit Device(const Queue& queue) : queue_(queue) {
     if (is_capturing) throw std::runtime_error(kCaptureRefused);
     for (const std::uintptr_t other : queue_.others) log("wait for " + std::to_string(other));
   }
@@ -55,19 +46,15 @@ class Device {
     }
   }
 
-  double* reserve(std::size_t count) {
-    if (count > workspace_->memory.size()) log("allocate");
-    workspace_->memory.assign(count, __builtin_nan(""));
-    return workspace_->memory.data();
+  void upload(void* to, const void* from, std::size_t bytes) {
+    log("upload");
+    std::memcpy(to, from, bytes);
   }
-  int* cleared_flag() {
-    workspace_->flag = 0;
-    return &workspace_->flag;
-  }
-  void request_flag() { workspace_->host_flag = workspace_->flag; }
+  void clear(int* flag) { *flag = 0; }
+  void request(const int* flag) { host_flag_ = *flag; }
   int awaited_flag() {
     log("synchronize");
-    return workspace_->host_flag;
+    return host_flag_;
   }
   void copy(void* to, const void* from, std::size_t bytes) {
     std::memcpy(to, from, bytes);
@@ -85,18 +72,34 @@ class Device {
     const auto address = reinterpret_cast<std::uintptr_t>(memory);
     return address >= device_1_begin && address < device_1_end ? 1 : 0;
   }
-  static Workspace* make_workspace(int) { return new HostWorkspace; }
+  // As large as was asked for, so that a checker of addresses sees what lies outside.
+  static void* allocate(int, std::size_t bytes) {
+    log("allocate");
+    return ::operator new(bytes);
+  }
+  static void deallocate(int, void* memory) { ::operator delete(memory); }
 
  private:
   const Queue queue_;
-  HostWorkspace* const workspace_;
+  int host_flag_ = -1;
 };
+
+// What a kernel did not write is NaN.
+Outcome run(const Queue& queue, void* scratch, const Program& program) {
+  static const Backend kDevice = make_backend<Device>();
+  if (scratch != nullptr) std::memset(scratch, 0xff, kDevice.scratch_bytes(program));
+  return kDevice.run(queue, scratch, program);
+}
 
 }  // namespace
 
-const Api& api() {
-  static const Api kApi = make_api<Device>();
-  return kApi;
+const Backend& backend() {
+  static const Backend kBackend = [] {
+    Backend backend = make_backend<Device>();
+    backend.run = run;
+    return backend;
+  }();
+  return kBackend;
 }
 
 }  // namespace adamax::cuda

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, checkpoint, schedules
 from safetensors.numpy import save_file
-from support import dtype_of, is_testable
+from support.bits import dtype_of, is_testable
 
 DATA = Path(__file__).parent
 TWO = {"kernel": ((3, 5), "float32", "C"), "bias": ((5,), "float32", "C")}
@@ -35,7 +36,7 @@ def a_rate_of_the_step(step):
 class Case:
     settings: dict = field(default_factory=dict)
     weights: dict = field(default_factory=lambda: TWO)  # name -> shape, dtype, memory order
-    exclude: dict | None = None  # only before the first build: the file must tell the second
+    exclude: dict | None = None  # in each run: no file tells it
     new_rate: float | None = None  # set after three steps
     loss_scale: dict | None = None
 
@@ -100,13 +101,14 @@ def array(shape, dtype, order, seed):
     return np.array((values / 8).reshape(shape), dtype_of(dtype), order=order)
 
 
-def make(case, excluded=True):
-    """Return fresh weights by name and an optimizer, not built."""
-    weights = {n: array(*spec, seed) for seed, (n, spec) in enumerate(case.weights.items())}
+def make(case, weights=None):
+    """Return weights by name, fresh ones by default, and an optimizer, not built."""
+    if weights is None:
+        weights = {n: array(*spec, seed) for seed, (n, spec) in enumerate(case.weights.items())}
     optimizer = Adamax(**case.settings)
     if case.loss_scale:
         optimizer = LossScaleOptimizer(optimizer, **case.loss_scale)
-    if case.exclude and excluded:
+    if case.exclude:
         buffers = [weights[name] for name in case.exclude.get("var_list", [])]
         optimizer.exclude_from_weight_decay(buffers, case.exclude.get("var_names"))
     return weights, optimizer
@@ -151,6 +153,13 @@ def trained(case, steps=3):
     return weights, optimizer
 
 
+def refused(optimizer, weights, error, match, load, *arguments):
+    before = snapshot(optimizer, weights)
+    with pytest.raises(error, match=match):
+        load(*arguments)
+    assert snapshot(optimizer, weights) == before
+
+
 GOLDEN = Case(
     {
         "learning_rate": 0.1,
@@ -168,24 +177,33 @@ GOLDEN = Case(
 )
 
 
+def trained_for_golden(version):
+    """Five calls, of which the last one, from version 2 on, has no gradient for "scale"."""
+    weights, optimizer = trained(GOLDEN, 4)
+    chosen = list(GOLDEN.weights)[: 3 if version == 1 else 2]
+    grads = [array(*GOLDEN.weights[name], 31 * 4 + i) for i, name in enumerate(chosen)]
+    optimizer.apply(grads, [weights[name] for name in chosen])
+    return weights, optimizer
+
+
 def write_golden():
     """Make the golden files; run in tests/: ``from data.saving_cases import *; write_golden()``.
 
-    Those of version 1 stay as they were written once; a new version gets files of its own.
+    Those of an old version stay as they were written once; a new version gets files of its own.
     """
-    assert checkpoint.FORMAT_VERSION == 1
-    weights, optimizer = trained(GOLDEN, 5)
-    optimizer.save(DATA / "checkpoint_v1.safetensors")
+    version = checkpoint.FORMAT_VERSION
+    weights, optimizer = trained_for_golden(version)
+    optimizer.save(DATA / f"checkpoint_v{version}.safetensors")
     arrays = {f"before {name}": np.array(w, order="C") for name, w in weights.items()}
     train(GOLDEN, weights, optimizer, range(5, 11))
     arrays |= {f"after {name}": np.array(w, order="C") for name, w in weights.items()}
-    save_file(arrays, DATA / "checkpoint_v1_weights.safetensors")
+    save_file(arrays, DATA / f"checkpoint_v{version}_weights.safetensors")
 
 
 # What the tests of files write, one over the other.
 OLD, NEW = (
     {
-        "format_version": 1,
+        "format_version": 2,
         "calls": calls,
         "state": {f"v{n}": {"norm": np.full(n, calls, np.float32)} for n in (1, 500, 100_000)},
     }

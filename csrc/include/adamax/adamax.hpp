@@ -1,10 +1,9 @@
-// The public C++ API: variables, hyperparameters, and one call that does a training step on all of
-// them.
+// The public C++ API: variables in groups, and one call that does a training step on all of them.
 //
 // The formula, its order and its bits are those of the README's "What is promised"; the rules for
 // memory are these: every array of a variable has the same element count, any alignment is
 // accepted, and no two written arrays overlap. The caller keeps the memory alive for the duration
-// of the call.
+// of the call. cuda.hpp has the same call for memory of a GPU.
 #pragma once
 
 #include <cstddef>
@@ -17,57 +16,63 @@
 #include <type_traits>
 #include <vector>
 
+#include "adamax/arrays.hpp"
 #include "adamax/dtypes.hpp"
+#include "adamax/rules.hpp"
 
 namespace adamax {
 
-enum class Decay {
-  kDecoupled,  // w = w - w * (learning_rate * weight_decay), as in Keras
-  kL2,         // gradient = gradient + w * weight_decay, as in torch
-};
-enum class EpsilonMode {
-  kOutside,  // w - rate * m / (u + epsilon), as in Keras
-  kInside,   // u = max(beta_2 * u, |gradient| + epsilon), as in torch and optax
-};
-
-struct Hyperparameters {
+// The settings that variables share. Variables with other settings or another step number are in
+// other groups of the same call.
+struct Group {
   double learning_rate = 0.001;
   double beta_1 = 0.9;
   double beta_2 = 0.999;
-  double epsilon = 1e-7;
+  double epsilon = 1e-7;  // > 0, or 0 with EpsilonRule::kInside
   double weight_decay = 0.0;
-  Decay decay = Decay::kDecoupled;
-  EpsilonMode epsilon_mode = EpsilonMode::kOutside;
-  // At most one of the three.
-  std::optional<double> clipnorm = std::nullopt;         // per variable
-  std::optional<double> global_clipnorm = std::nullopt;  // over all variables
-  std::optional<double> clipvalue = std::nullopt;        // per element
+  DecayRule decay = DecayRule::kDecoupled;
+  EpsilonRule epsilon_rule = EpsilonRule::kOutside;
+  std::optional<double> clipvalue = std::nullopt;  // limits each element of the gradient
   double ema_momentum = 0.99;
-  std::int64_t gradient_accumulation_steps = 1;
+  std::int64_t step = 1;  // number of this update, from 1
+  bool maximize = false;  // ascend
 };
 
-// What one call does.
+enum class ClipRule : std::uint8_t {
+  kNone,
+  kNorm,        // limits the norm of each variable's gradient
+  kGlobalNorm,  // limits the norm over all gradients together
+};
+struct Clip {
+  ClipRule rule = ClipRule::kNone;
+  double limit = 0.0;
+};
+
+enum class Phase : std::uint8_t {
+  kAccumulate,  // add the gradients to the accumulators, and nothing else
+  kUpdate,
+  kFinalize,  // write the averages over the weights, and nothing else
+};
+
+// What one call does with all variables.
 struct Call {
-  std::int64_t step = 1;         // number of this update, from 1
-  double grad_scale = 1.0;       // multiplies every gradient
-  double loss_scale = 1.0;       // divides every gradient
-  bool accumulate_only = false;  // add the gradients to the accumulators, and nothing else
-  bool overwrite = false;        // replace the weights by their averages at the end
-  bool require_finite = false;   // change nothing if a gradient is infinite or NaN
+  double grad_scale = 1.0;  // multiplies every gradient
+  Clip clip = {};           // not together with a group's clipvalue
+  std::int64_t micro_batches = 1;
+  Phase phase = Phase::kUpdate;
+  bool overwrite = false;       // replace the weights by their averages after the update
+  bool require_finite = false;  // change nothing if a gradient is infinite or NaN
 };
 
-// The memory of one variable, with the types erased. Make one with `variable()`.
+// Make one with `variable()`.
 struct Variable {
-  DType param_dtype;
-  DType grad_dtype;
+  Arrays memory;
   std::int64_t size;  // elements
-  void* param;
-  const void* grad;  // null: skipped, but its average is updated
-  void* momentum;
-  void* norm;
-  void* average = nullptr;      // null: no average is kept
-  void* accumulator = nullptr;  // needed when gradient_accumulation_steps > 1
-  bool decays = true;           // false: excluded from weight decay
+  Storage storage;
+  std::uint32_t group = 0;  // index into the groups of the call
+  // Its accumulator holds gradients of earlier micro-batches: an update without a gradient is then
+  // one with a gradient of zero.
+  bool has_accumulated = false;
 };
 
 template <class T>
@@ -99,25 +104,23 @@ Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> m
   check("norm", norm.size(), false);
   check("average", average.size(), true);
   check("accumulator", accumulator.size(), true);
-  return {dtype_of<P>(),
-          dtype_of<std::remove_const_t<G>>(),
+  const auto or_null = [](auto span) { return span.empty() ? nullptr : span.data(); };
+  return {{param.data(), or_null(grad), momentum.data(), norm.data(), or_null(average),
+           or_null(accumulator)},
           static_cast<std::int64_t>(param.size()),
-          param.data(),
-          grad.empty() ? nullptr : grad.data(),
-          momentum.data(),
-          norm.data(),
-          average.empty() ? nullptr : average.data(),
-          accumulator.empty() ? nullptr : accumulator.data()};
+          {dtype_of<P>(), dtype_of<std::remove_const_t<G>>(), dtype_of<state_t<P>>()}};
 }
 
-// Does one training step in place. Returns false, with nothing changed, if `require_finite` was
-// asked for and a gradient is not finite. Throws std::invalid_argument, before anything is written,
-// for a setting out of range, an unsupported pair of types or a missing array.
-bool step(std::span<const Variable> variables, const Hyperparameters& hyperparameters,
-          const Call& call);
-
-// Writes every average over its weights.
-void overwrite_with_averages(std::span<const Variable> variables);
+// Does one training step in place, all groups together. Returns false, with nothing changed, if
+// `require_finite` was asked for and a gradient is not finite. Throws std::invalid_argument, before
+// anything is written, for a setting out of range or lost in the type in which a variable is
+// computed, an unsupported storage, or a missing array.
+bool step(std::span<const Variable> variables, std::span<const Group> groups,
+          const Call& call = {});
+// With one group for all variables.
+inline bool step(std::span<const Variable> variables, const Group& group, const Call& call = {}) {
+  return step(variables, std::span(&group, 1), call);
+}
 
 struct ConstBuffer {
   DType dtype;
@@ -134,8 +137,9 @@ double global_norm(std::span<const ConstBuffer> buffers);
 std::vector<std::string> available_isas();
 std::string active_isa();
 
-// Threads for large steps: at most `n`, the processors of the affinity mask and the cgroup's quota.
-// Without a call, ADAMAX_EXT_NUM_THREADS, then OMP_NUM_THREADS, stand for `n`.
+// Threads for large steps: at most `n`, the processors of the affinity mask, the cgroup's quota,
+// and what OpenMP was limited to since the library was loaded. Without a call,
+// ADAMAX_EXT_NUM_THREADS, then OMP_NUM_THREADS, stand for `n`.
 void set_num_threads(int n);
 int get_num_threads();
 
@@ -145,7 +149,9 @@ constexpr std::size_t itemsize(DType dtype) {
   constexpr std::size_t kSizes[] = {4, 8, 2, 2};
   return kSizes[static_cast<int>(dtype)];
 }
-DType compute_dtype(DType dtype);
-bool is_supported(DTypePair pair);
+// The type in which a parameter of that type is computed, and in which its state is kept.
+constexpr DType compute_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
 
 }  // namespace adamax

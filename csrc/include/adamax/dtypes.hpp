@@ -1,4 +1,4 @@
-// Storage types and the visible list of (parameter, gradient) pairs.
+// Storage types, and the visible list of what is stored in which of them.
 //
 // Plain data only: kernel units include this file under their own instruction-set flags.
 #pragma once
@@ -23,37 +23,46 @@ template <DType>
 struct TypeOf;
 template <>
 struct TypeOf<DType::kFloat32> {
-  using Storage = float;
+  using Stored = float;
   using Compute = float;
 };
 template <>
 struct TypeOf<DType::kFloat64> {
-  using Storage = double;
+  using Stored = double;
   using Compute = double;
 };
 template <>
 struct TypeOf<DType::kFloat16> {
-  using Storage = Float16;
+  using Stored = Float16;
   using Compute = float;
 };
 template <>
 struct TypeOf<DType::kBFloat16> {
-  using Storage = BFloat16;
+  using Stored = BFloat16;
   using Compute = float;
 };
 
-struct DTypePair {
+// How a variable lies in memory. `state` is that of the first moment, the infinity norm, the
+// average and the accumulator.
+struct Storage {
   DType param;
   DType grad;
+  DType state;
+
+  bool operator==(const Storage&) const = default;
 };
 
 // Every accepted combination. Kernels and error messages are generated from this list.
-constexpr DTypePair kPairs[] = {
-    {DType::kFloat32, DType::kFloat32},   {DType::kFloat32, DType::kFloat16},
-    {DType::kFloat32, DType::kBFloat16},  {DType::kFloat64, DType::kFloat64},
-    {DType::kFloat16, DType::kFloat16},   {DType::kFloat16, DType::kFloat32},
-    {DType::kBFloat16, DType::kBFloat16}, {DType::kBFloat16, DType::kFloat32},
+constexpr Storage kStorages[] = {
+    {DType::kFloat32, DType::kFloat32, DType::kFloat32},
+    {DType::kFloat32, DType::kFloat16, DType::kFloat32},
+    {DType::kFloat32, DType::kBFloat16, DType::kFloat32},
+    {DType::kFloat64, DType::kFloat64, DType::kFloat64},
+    {DType::kFloat16, DType::kFloat16, DType::kFloat32},
+    {DType::kFloat16, DType::kFloat32, DType::kFloat32},
+    {DType::kBFloat16, DType::kBFloat16, DType::kFloat32},
+    {DType::kBFloat16, DType::kFloat32, DType::kFloat32},
 };
-constexpr int kNumPairs = sizeof(kPairs) / sizeof(kPairs[0]);
+constexpr int kNumStorages = sizeof(kStorages) / sizeof(kStorages[0]);
 
 }  // namespace adamax

@@ -40,23 +40,27 @@ int main() {
   for (int i = 0; i < kFloats; ++i) weights[i] = number(i, 100);
   for (int i = 0; i < kHalves; ++i) half_weights[i] = to_bfloat16(number(i, 200));
 
-  const adamax::Variable variables[] = {
+  adamax::Variable variables[] = {
       adamax::variable<float, const float>(weights, gradient, m, u, average),
       adamax::variable<adamax::BFloat16, const adamax::BFloat16>(half_weights, half_gradient,
                                                                  half_m, half_u, half_average),
   };
-  adamax::Hyperparameters hyperparameters;
-  hyperparameters.learning_rate = 0.02;
-  hyperparameters.beta_1 = 0.8;
-  hyperparameters.beta_2 = 0.95;
-  hyperparameters.epsilon = 1e-5;
-  hyperparameters.weight_decay = 0.1;
-  hyperparameters.global_clipnorm = 0.75;
-  hyperparameters.ema_momentum = 0.7;
+  // Two groups: the second one has no weight decay.
+  adamax::Group groups[2];
+  groups[0].learning_rate = 0.02;
+  groups[0].beta_1 = 0.8;
+  groups[0].beta_2 = 0.95;
+  groups[0].epsilon = 1e-5;
+  groups[0].ema_momentum = 0.7;
+  groups[1] = groups[0];
+  groups[0].weight_decay = 0.1;
+  variables[1].group = 1;
+  const adamax::Call call{.clip = {adamax::ClipRule::kGlobalNorm, 0.75}};
   for (int step = 1; step <= kSteps; ++step) {
     for (int i = 0; i < kFloats; ++i) gradient[i] = number(i, step);
     for (int i = 0; i < kHalves; ++i) half_gradient[i] = to_bfloat16(number(i, step + 50));
-    adamax::step(variables, hyperparameters, {.step = step});
+    for (adamax::Group& group : groups) group.step = step;
+    adamax::step(variables, groups, call);
   }
   print<float>("w", weights);
   print<float>("m", m);
@@ -71,7 +75,8 @@ int main() {
   print<double>("norm", {&norm, 1});
 
   try {
-    adamax::step(variables, hyperparameters, {.step = 0});
+    variables[1].group = 0;
+    adamax::step(variables, adamax::Group{.step = 0});
     std::printf("error none\n");
   } catch (const std::invalid_argument& error) {
     std::printf("error %s\n", error.what());

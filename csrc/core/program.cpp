@@ -1,0 +1,149 @@
+// A call as plain data: all checks are made and all decisions taken; a backend only runs it.
+#include "core/program.hpp"
+
+#include <algorithm>
+
+#include "core/fp_mode.hpp"
+
+namespace adamax {
+namespace {
+
+int storage_index(const Storage& storage) {
+  const auto found = std::find(std::begin(kStorages), std::end(kStorages), storage);
+  if (found != std::end(kStorages)) return static_cast<int>(found - std::begin(kStorages));
+  throw std::invalid_argument("no kernel for " + std::string(dtype_name(storage.param)) +
+                              " parameters with " + std::string(dtype_name(storage.grad)) +
+                              " gradients and " + std::string(dtype_name(storage.state)) +
+                              " state");
+}
+
+[[noreturn]] void refuse(std::size_t variable, const std::string& why) {
+  throw std::invalid_argument("variables[" + std::to_string(variable) + "] " + why);
+}
+
+// What a call does to a variable.
+Operation operation_of(const Variable& v, const Call& call) {
+  switch (call.phase) {
+    case Phase::kAccumulate:
+      return v.memory.grad != nullptr ? Operation::kAccumulate : Operation::kNone;
+    case Phase::kUpdate:
+      if (v.memory.grad != nullptr || (v.has_accumulated && call.micro_batches > 1)) {
+        return Operation::kUpdate;
+      }
+      return v.memory.average != nullptr ? Operation::kAverage : Operation::kNone;
+    case Phase::kFinalize:
+      return v.memory.average != nullptr ? Operation::kAverage : Operation::kNone;
+  }
+  __builtin_unreachable();
+}
+
+// Throws std::invalid_argument if the variable lacks memory that its operation needs.
+Arrays memory_for(Operation operation, std::size_t i, const Variable& v, const Call& call) {
+  Arrays memory = v.memory;
+  if (memory.param == nullptr || memory.momentum == nullptr || memory.norm == nullptr) {
+    refuse(i, "must have memory for param, momentum and norm; received a null pointer");
+  }
+  if (memory.average == nullptr && call.overwrite) {
+    refuse(i, "must have an average to be overwritten with it; received a null pointer");
+  }
+  const bool accumulates = call.micro_batches > 1 || call.phase == Phase::kAccumulate;
+  if (memory.accumulator == nullptr && accumulates) {
+    refuse(i, "must have an accumulator when gradients are accumulated; received a null pointer");
+  }
+  if (!accumulates || operation == Operation::kAverage) memory.accumulator = nullptr;
+  return memory;
+}
+
+// The scalars of all groups. Throws std::invalid_argument, with the group's number if there are
+// several.
+std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call) {
+  std::vector<Scalars> scalars;
+  scalars.reserve(groups.size());
+  for (const Group& group : groups) {
+    try {
+      scalars.push_back(make_scalars(group, call));
+    } catch (const std::invalid_argument& error) {
+      if (groups.size() == 1) throw;
+      throw std::invalid_argument(error.what() + std::string(" (in groups[") +
+                                  std::to_string(scalars.size()) + "])");
+    }
+  }
+  return scalars;
+}
+
+}  // namespace
+
+Program make_program(std::span<const Variable> variables, std::span<const Group> groups,
+                     const Call& call) {
+  const FloatingPointMode ieee;
+  check_call(call);
+  Program program;
+  program.require_finite = call.require_finite;
+  if (call.phase == Phase::kUpdate) program.clip = call.clip;
+  program.sums_accumulators = program.clip.rule != ClipRule::kNone && call.micro_batches > 1;
+  program.groups = scalars_of(groups, call);
+  if (call.phase == Phase::kFinalize) {
+    for (Scalars& scalars : program.groups) {
+      scalars.average_mode = AverageMode::kKeep;
+      scalars.overwrite = true;
+    }
+  }
+
+  std::size_t fits_float32 = groups.size();  // the group that was checked last
+  int index = 0;  // of the storage that was looked up last: mostly the same again
+  program.rows.reserve(variables.size());
+  for (std::size_t i = 0; i < variables.size(); ++i) {
+    const Variable& v = variables[i];
+    if (v.group >= groups.size()) {
+      refuse(i, "must have a group below the number of groups, " + std::to_string(groups.size()) +
+                    "; received " + std::to_string(v.group));
+    }
+    if (v.size < 0) refuse(i, "must have a size >= 0; received " + std::to_string(v.size));
+    Storage storage = v.storage;
+    // A gradient that is not there has the type in which it is computed, as the accumulator has.
+    if (v.memory.grad == nullptr) storage.grad = compute_dtype(storage.param);
+    if (!(kStorages[index] == storage)) index = storage_index(storage);
+    if (v.size == 0) continue;
+    const Operation operation = operation_of(v, call);
+    const Arrays memory = memory_for(operation, i, v, call);
+    if (operation == Operation::kNone) continue;
+    if (storage.state == DType::kFloat32 && operation != Operation::kAverage &&
+        v.group != fits_float32) {
+      require_float32(program.groups[v.group], groups[v.group], call);
+      fits_float32 = v.group;
+    }
+    const bool has_summands =
+        operation != Operation::kAverage && (memory.grad != nullptr || program.sums_accumulators);
+    program.rows.push_back({memory, v.size, static_cast<std::uint32_t>(i), v.group,
+                            static_cast<std::uint8_t>(index), operation,
+                            /*is_summed=*/has_summands});
+  }
+  return program;
+}
+
+Program make_norm_program(std::span<const ConstBuffer> buffers) {
+  Program program;
+  program.groups.resize(1);
+  program.wants_norm = true;
+  program.rows.reserve(buffers.size());
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    const ConstBuffer& buffer = buffers[i];
+    if (buffer.size == 0) continue;
+    if (buffer.size < 0 || buffer.data == nullptr) {
+      throw std::invalid_argument("buffers[" + std::to_string(i) +
+                                  "] must have memory and a size >= 0; received size " +
+                                  std::to_string(buffer.size));
+    }
+    const int index = storage_index({buffer.dtype, buffer.dtype, compute_dtype(buffer.dtype)});
+    program.rows.push_back({{.grad = buffer.data},
+                            buffer.size,
+                            static_cast<std::uint32_t>(i),
+                            0,
+                            static_cast<std::uint8_t>(index),
+                            Operation::kNone,
+                            /*is_summed=*/true});
+  }
+  return program;
+}
+
+}  // namespace adamax

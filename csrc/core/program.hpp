@@ -1,0 +1,59 @@
+// A call as plain data: all checks are made and all decisions taken; a backend only runs it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "adamax/adamax.hpp"
+#include "core/scalars.hpp"
+
+namespace adamax {
+
+enum class Operation : std::uint8_t {
+  kNone,        // only summed
+  kUpdate,      // with the average and the accumulator that its memory has; a null gradient is 0
+  kAccumulate,  // accumulator += gradient * grad_scale
+  kAverage,     // the average alone
+};
+
+// The work on one variable that is not empty. A pointer is null where its array is not touched.
+struct Row {
+  Arrays memory;
+  std::int64_t size;       // elements
+  std::uint32_t variable;  // its position in the call
+  std::uint32_t group;     // whose scalars count
+  std::uint8_t storage;    // in kStorages
+  Operation operation;
+  bool is_summed;  // counts for norms and finiteness
+
+  DType param_dtype() const { return kStorages[storage].param; }
+  DType grad_dtype() const { return kStorages[storage].grad; }
+};
+
+// First the sums, if there are any; then, unless a gradient is not finite, the operations.
+struct Program {
+  std::vector<Scalars> groups;
+  std::vector<Row> rows;  // in the order of the variables, in which norms add up
+  Clip clip;              // by the sums
+  bool require_finite = false;
+  // Sums are of the gradients as a clip sees them: unscaled, and averaged with the accumulators;
+  // or of the gradients alone. Finiteness is always that of the gradient as it was passed, because
+  // what was accumulated is finite already, and a scale can make a finite number infinite.
+  bool sums_accumulators = false;
+  bool wants_norm = false;  // Outcome::norm
+
+  bool has_sums() const { return clip.rule != ClipRule::kNone || require_finite || wants_norm; }
+};
+
+struct Outcome {
+  bool is_finite = true;  // false: nothing was changed, because `require_finite` was asked for
+  double norm = 0.0;      // over all rows; only if wanted
+};
+
+// Throws as step() does; nothing is written before it returns.
+Program make_program(std::span<const Variable> variables, std::span<const Group> groups,
+                     const Call& call);
+Program make_norm_program(std::span<const ConstBuffer> buffers);
+
+}  // namespace adamax

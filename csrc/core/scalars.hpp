@@ -1,0 +1,49 @@
+// The scalars of a group in one step: computed in double from the step number alone, rounded once
+// by the kernel.
+//
+// Plain data only: kernel units include this file under their own instruction-set flags.
+#pragma once
+
+#include <cstdint>
+
+#include "adamax/rules.hpp"
+
+namespace adamax {
+
+enum class AverageMode : std::uint8_t {
+  kStart,    // average = w, at the first update
+  kRunning,  // average = average * k + w * (1 - k)
+  kKeep,     // the average is only read, to overwrite w with it
+};
+
+// Doubles here; a kernel rounds each to its compute type before the loop, the only rounding there
+// is. A setting that is off has its identity here: multiplying by 1 and clipping at infinity are
+// exact.
+struct Scalars {
+  double grad_scale = 1.0;  // s; negative to maximize
+  double mean_scale = 1.0;  // a = 1 / micro-batches
+  double clip_value = __builtin_inf();
+  double decay = 0.0;  // learning_rate * weight_decay, or weight_decay for the L2 rule
+  double one_minus_beta_1 = 0.0;
+  double beta_2 = 0.0;
+  double epsilon = 0.0;
+  double rate = 0.0;  // learning_rate / (1 - beta_1^t)
+  double ema_momentum = 0.0;
+  DecayRule decay_rule{};
+  EpsilonRule epsilon_rule{};
+  AverageMode average_mode{};
+  bool overwrite = false;  // w = average at the end
+};
+
+struct Group;
+struct Call;
+
+// Throws std::invalid_argument for a setting out of range.
+void check_call(const Call& call);
+Scalars make_scalars(const Group& group, const Call& call);
+
+// Throws std::invalid_argument if a scalar, made of a group and a call, is lost in float32: an
+// epsilon that becomes 0, a rate that becomes infinite.
+void require_float32(const Scalars& scalars, const Group& group, const Call& call);
+
+}  // namespace adamax

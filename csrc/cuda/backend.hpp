@@ -1,0 +1,14 @@
+// The backend of the device that is linked in, real or emulated.
+#pragma once
+
+#include "core/backend.hpp"
+
+namespace adamax::cuda {
+
+const Backend& backend();
+
+constexpr const char* kCaptureRefused =
+    "the stream is being captured into a CUDA graph; expected a stream that runs: a captured step "
+    "would repeat its step number and learning rate";
+
+}  // namespace adamax::cuda

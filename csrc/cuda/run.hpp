@@ -1,0 +1,233 @@
+// How a GPU runs a program: which kernels are launched, in which order, with which tables.
+//
+// `Device` launches them on the stream of a queue: device.cu has the real one, a test an emulated
+// one (tests/cpp/emulated_cuda.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "core/backend.hpp"
+#include "core/fp_mode.hpp"
+#include "cuda/kernels.hpp"
+#include "cuda/scratch.hpp"
+
+namespace adamax::cuda {
+
+template <class Device>
+class Run {
+ public:
+  Run(Device& device, const Program& program, void* memory)
+      : device_(device), program_(program), scratch_(program, memory) {}
+
+  Outcome outcome() {
+    set_groups(float_groups_, scratch_.float_groups);
+    set_groups(double_groups_, scratch_.double_groups);
+    if (scratch_.num_sums > 0) sum();
+    sort_rows();
+    [this]<int... k>(std::integer_sequence<int, k...>) {
+      (launch_updates<k>(), ...);
+    }(std::make_integer_sequence<int, kNumStorages>{});
+    [this]<int... k>(std::integer_sequence<int, k...>) {
+      (launch_others<static_cast<DType>(k)>(), ...);
+    }(std::make_integer_sequence<int, kNumDTypes>{});
+    Outcome outcome;
+    if (scratch_.not_finite != nullptr) outcome.is_finite = device_.awaited_flag() == 0;
+    if (program_.wants_norm) outcome.norm = norm();
+    return outcome;
+  }
+
+ private:
+  // ---- Groups -----------------------------------------------------------------------------------
+
+  // `memory` is null where no row is computed in V, or groups are few.
+  template <class V>
+  void set_groups(Groups<V>& groups, void* memory) {
+    const std::vector<GroupScalars<V>> rounded(program_.groups.begin(), program_.groups.end());
+    if (rounded.size() <= kFewGroups) {
+      std::copy(rounded.begin(), rounded.end(), groups.few);
+    } else if (memory != nullptr) {
+      device_.upload(memory, rounded.data(), rounded.size() * sizeof(rounded[0]));
+      groups.many = static_cast<const GroupScalars<V>*>(memory);
+    }
+  }
+  const Groups<scalar::F32>& groups_of(scalar::F32) const { return float_groups_; }
+  const Groups<scalar::F64>& groups_of(scalar::F64) const { return double_groups_; }
+
+  // Launches `make(is_small)` with all rows, in as many launches as its table needs.
+  template <class TableRow, class Make>
+  void launch_rows(std::span<const TableRow> rows, const Make& make) {
+    while (!rows.empty()) {
+      const auto launch = [&](auto is_small) {
+        auto kernel = make(is_small);
+        const auto count = std::min<std::size_t>(rows.size(), kernel.table.kCapacity);
+        for (const TableRow& row : rows.first(count)) kernel.table.add(row);
+        device_.launch(kernel);
+        rows = rows.subspan(count);
+      };
+      if (rows.size() <= Table<TableRow, true>::kCapacity) {
+        launch(std::true_type{});
+      } else {
+        launch(std::false_type{});
+      }
+    }
+  }
+
+  // ---- Sums -------------------------------------------------------------------------------------
+
+  // Queues the reductions, and what is made of them.
+  void sum() {
+    if (scratch_.not_finite != nullptr) device_.clear(scratch_.not_finite);
+    double *result = scratch_.sums, *free = scratch_.chunk_sums;
+    std::vector<SumsRow> first[kNumDTypes];
+    std::vector<SumsRow> next;
+    // Where the sums of the chunks of a row go; queues what adds them.
+    const auto sums_for = [&](std::int64_t size, double* total, std::vector<SumsRow>& later) {
+      const std::int64_t chunks = num_blocks(size);
+      if (chunks <= 1) return total;
+      double* const sums = std::exchange(free, free + chunks);
+      later.push_back({chunks, 0, 0, sums, nullptr, total});
+      return sums;
+    };
+    for (const Row& row : program_.rows) {
+      if (!row.is_summed) continue;
+      const void* const added = program_.sums_accumulators ? row.memory.accumulator : nullptr;
+      double* const sums = sums_for(row.size, result++, next);
+      first[static_cast<int>(row.grad_dtype())].push_back(
+          {row.size, 0, row.group, row.memory.grad, added, sums});
+    }
+    launch_squares<DType::kFloat32>(first[0]);
+    launch_squares<DType::kFloat64>(first[1]);
+    launch_squares<DType::kFloat16>(first[2]);
+    launch_squares<DType::kBFloat16>(first[3]);
+    while (!next.empty()) {
+      std::vector<SumsRow> later;
+      for (SumsRow& row : next) row.sums = sums_for(row.size, row.sums, later);
+      launch_rows(std::span<const SumsRow>(next),
+                  [](auto is_small) { return Sums<DType::kFloat64, false, is_small>{}; });
+      next = std::move(later);
+    }
+    if (program_.clip.rule != ClipRule::kNone) {
+      device_.launch(Clip{scratch_.sums, scratch_.clips,
+                          static_cast<std::int64_t>(scratch_.num_sums), program_.clip.limit,
+                          program_.clip.rule == ClipRule::kGlobalNorm});
+    }
+    if (scratch_.not_finite != nullptr) device_.request(scratch_.not_finite);
+  }
+
+  template <DType dtype>
+  void launch_squares(std::span<const SumsRow> rows) {
+    launch_rows(rows, [this](auto is_small) {
+      return Sums<dtype, true, is_small>{{}, groups_of(Vector<dtype>()), scratch_.not_finite};
+    });
+  }
+
+  double norm() {
+    std::vector<double> sums(scratch_.num_sums);
+    if (!sums.empty()) device_.copy(sums.data(), scratch_.sums, sums.size() * sizeof(double));
+    double total = 0.0;
+    for (const double sum : sums) total += sum;
+    return std::sqrt(total);
+  }
+
+  // ---- Elements ---------------------------------------------------------------------------------
+
+  std::vector<UpdateRow>* rows_like(const Row& row) {
+    switch (row.operation) {
+      case Operation::kNone:
+        return nullptr;
+      case Operation::kUpdate:
+        return &updates_[row.storage][row.memory.average != nullptr]
+                        [row.memory.accumulator != nullptr];
+      case Operation::kAccumulate:
+        return &accumulations_[static_cast<int>(row.grad_dtype())];
+      case Operation::kAverage:
+        return &averages_[static_cast<int>(row.param_dtype())];
+    }
+    __builtin_unreachable();
+  }
+
+  void sort_rows() {
+    const double* next_clip = scratch_.clips;  // of the rows that are summed
+    for (const Row& row : program_.rows) {
+      const double* const clip = row.is_summed ? next_clip : nullptr;
+      if (row.is_summed && program_.clip.rule == ClipRule::kNorm) ++next_clip;
+      const Arrays& m = row.memory;
+      if (std::vector<UpdateRow>* const rows = rows_like(row)) {
+        rows->push_back({row.size, 0, row.group, m.param, m.grad, m.momentum, m.norm, m.average,
+                         m.accumulator, clip});
+      }
+    }
+  }
+
+  template <int storage>
+  void launch_updates() {
+    launch_update<storage, false, false>();
+    launch_update<storage, false, true>();
+    launch_update<storage, true, false>();
+    launch_update<storage, true, true>();
+  }
+  template <int storage, bool has_average, bool has_accumulator>
+  void launch_update() {
+    launch_elementwise<Vector<kStorages[storage].param>>(
+        updates_[storage][has_average][has_accumulator],
+        [](auto is_small) { return Update<storage, has_average, has_accumulator, is_small>{}; });
+  }
+  template <DType dtype>
+  void launch_others() {
+    constexpr int kIndex = static_cast<int>(dtype);
+    launch_elementwise<Vector<dtype>>(accumulations_[kIndex],
+                                      [](auto is_small) { return Accumulate<dtype, is_small>{}; });
+    launch_elementwise<Vector<dtype>>(averages_[kIndex],
+                                      [](auto is_small) { return Average<dtype, is_small>{}; });
+  }
+  template <class V, class Make>
+  void launch_elementwise(const std::vector<UpdateRow>& rows, const Make& make) {
+    launch_rows(std::span(rows), [&](auto is_small) {
+      auto kernel = make(is_small);
+      kernel.groups = groups_of(V());
+      kernel.veto = scratch_.not_finite;
+      return kernel;
+    });
+  }
+
+  Device& device_;
+  const Program& program_;
+  const Scratch scratch_;
+  Groups<scalar::F32> float_groups_{};
+  Groups<scalar::F64> double_groups_{};
+  std::vector<UpdateRow> updates_[kNumStorages][2][2];  // by average, accumulator
+  std::vector<UpdateRow> accumulations_[kNumDTypes], averages_[kNumDTypes];
+};
+
+// `Device` is constructed on a queue; finish() is its end.
+template <class Device>
+Backend make_backend() {
+  return {
+      .require_usable = Device::require_usable,
+      .device_of = Device::device_of,
+      .allocate = Device::allocate,
+      .deallocate = Device::deallocate,
+      .scratch_bytes = [](const Program& program) { return Scratch(program).bytes; },
+      .run =
+          [](const Queue& queue, void* scratch, const Program& program) {
+            const FloatingPointMode ieee;  // scalars are rounded here
+            Device device(queue);
+            const Outcome outcome = Run<Device>(device, program, scratch).outcome();
+            device.finish();
+            return outcome;
+          },
+      .copy =
+          [](const Queue& queue, void* to, const void* from, std::size_t bytes) {
+            Device device(queue);
+            device.copy(to, from, bytes);
+            device.finish();
+          },
+      .synchronize = [](const Queue& queue) { Device(queue).synchronize(); },
+  };
+}
+
+}  // namespace adamax::cuda

@@ -1,0 +1,95 @@
+"""Training runs, processes of their own, and a register of the processor."""
+
+import contextlib
+import ctypes
+import itertools
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import adamax_ext
+import numpy as np
+import pytest
+from adamax_ext import Adamax, _core
+
+SMALL, LARGE = 1_001, 300_007  # elements: on the caller's thread, and on several
+HANG_SECONDS = 60  # only to detect what would wait for ever
+
+
+def use_threads():
+    """Use 4 threads, on however few processors."""
+    _core._override_cpu_limit(4)
+    adamax_ext.set_num_threads(4)
+
+
+def data(seed, size, dtype):
+    """Both signs, many magnitudes, subnormals among them."""
+    rng, lowest = np.random.default_rng(seed), np.log2(float(np.finfo(dtype).smallest_subnormal))
+    return (rng.choice([-1, 1], size) * np.exp2(rng.uniform(lowest, 4, size))).astype(dtype)
+
+
+def trained(size=LARGE, steps=3, dtype=np.float32, seed=0, make=Adamax, guard=None, **settings):
+    """The bits of weights and state after some steps, each done inside of `guard()`."""
+    weights = [data(seed, size, dtype), data(seed + 1, 77, dtype)]
+    optimizer = make(**settings)
+    optimizer.build(weights)
+    for step in range(steps):
+        gradients = [data(seed + 10 + 2 * step + i, w.size, dtype) for i, w in enumerate(weights)]
+        with guard() if guard else contextlib.nullcontext():
+            optimizer.apply(gradients)
+    with guard() if guard else contextlib.nullcontext():
+        norm = adamax_ext.global_norm(gradients)
+    states = itertools.chain(*(state.values() for state in optimizer.state.values()))
+    return [norm.hex(), *(array.tobytes() for array in (*weights, *states))]
+
+
+def in_own_process(function):
+    """Call a function of a test module in a fresh process; fail if it raises or hangs."""
+    module = function.__module__
+    code = f"import {module}; {module}.{function.__name__}()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=HANG_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its forked children too: they hold the pipe
+        pytest.fail(f"hangs; its output: {process.communicate()[0]}")
+    assert process.returncode == 0, output
+
+
+class Mxcsr:
+    """The control register of SSE on the calling thread, by two functions of machine code."""
+
+    DEFAULT, FLAGS = 0x1F80, 0x3F
+
+    def __init__(self):
+        access = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=access)
+        self._page.write(bytes.fromhex("0fae1fc3 0fae17c3"))  # stmxcsr, ret; ldmxcsr, ret
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        function = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint32))
+        self._store, self._load = function(address), function(address + 4)
+
+    def get(self):
+        value = ctypes.c_uint32()
+        self._store(value)
+        return value.value & ~self.FLAGS
+
+    def set(self, mode):
+        self._load(ctypes.c_uint32(mode))
+
+    def set_on_workers(self, mode):
+        """Set it on the OpenMP threads that the calling thread will use; they keep it."""
+        with contextlib.suppress(OSError):  # not this OpenMP, or none
+            openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+            openmp.GOMP_parallel(self._load, ctypes.byref(ctypes.c_uint32(mode)), 4, 0)
+            self.set(self.DEFAULT)
