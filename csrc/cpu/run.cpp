@@ -2,6 +2,7 @@
 #include "cpu/run.hpp"
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 
@@ -48,7 +49,7 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
 
-  run_parallel(threads_for(bytes), [&](const Team& team) {
+  const auto work_of_thread = [&](const Team& team) {
     if (program.has_sums()) {
       team.share(next_sum, work.chunks(), [&](std::int64_t chunk) {
         for (const Piece& piece : work.chunk(chunk)) sums.add(table, piece);
@@ -67,7 +68,9 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
         }
       }
     });
-  });
+  };
+  // By reference: without a copy on the heap.
+  run_parallel(threads_for(bytes), std::ref(work_of_thread));
   return sums.outcome();
 }
 

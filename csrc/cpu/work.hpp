@@ -27,6 +27,7 @@ class Work {
   explicit Work(std::span<const Row> rows) {
     std::int64_t in_chunk = 0;
     pieces_.reserve(rows.size());
+    chunk_starts_.reserve(8);
     for (std::size_t i = 0; i < rows.size(); ++i) {
       for (std::int64_t begin = 0; begin < rows[i].size; begin += kChunk) {
         const std::int64_t end = std::min(begin + kChunk, rows[i].size);
