@@ -73,6 +73,20 @@ def test_streams():
     emulated.run(check_streams)
 
 
+def check_scratch_of_another_stream():
+    """The sums of the step before can still be under way on the stream that it was queued on."""
+    optimizer, grads = Adamax(global_clipnorm=1.0), [TableArray(ones())]
+    optimizer.build([TableArray(ones())])
+    for stream, allocates in [(9, True), (9, False), (5, True), (5, False)]:
+        TableArray.current_stream = stream
+        assert ("allocate" in log_of(lambda: optimizer.apply(grads))) == allocates, stream
+    TableArray.current_stream = 9
+
+
+def test_scratch_of_another_stream():
+    emulated.run(check_scratch_of_another_stream)
+
+
 def check_capture():
     weights = [CudaArray(np.ones(3, np.float32))]
     optimizer = Adamax()

@@ -11,7 +11,7 @@ from support.bits import PAIRS, assert_same_bits, bits, is_testable, spread
 from support.emulated import TableArray
 from support.isas import each_thread_count, every_isa, run_on
 from support.memory import unaligned
-from support.steps import SETTINGS, do_update, expected_update, native, random_arrays
+from support.steps import EMA_MOMENTUM, SETTINGS, do_update, expected_update, native, random_arrays
 
 SIZES = [0, 1, 17, 255, 4097, 3, 70_001, 64, 1001, 65_537, 2]
 OFFSETS = [0, 1, 4, 13, 2]  # bytes
@@ -101,6 +101,21 @@ def check_groups_with_threads():
 @every_isa
 def test_groups_are_steps_of_their_own(isa):
     run_on(isa, check_groups_with_threads)
+
+
+@pytest.mark.parametrize("groups", [[(0.8, 3), (0.8, 4), (0.6, 4), (0.6, 4), (0.8, 3)]], ids=str)
+def test_groups_that_share_a_beta_or_a_step_with_the_one_before(groups):
+    variables = [random_arrays(np.random.default_rng(i), 9, "float32", "float32") for i in range(5)]
+    expected = [
+        expected_update(arrays, **{**SETTINGS, "beta_1": beta_1}, step=step)
+        for arrays, (beta_1, step) in zip(variables, groups, strict=True)
+    ]
+    settings = [{**SETTINGS, "beta_1": beta_1, "step": step} for beta_1, step in groups]
+    native_groups = [native(_core.Group, **each, ema_momentum=EMA_MOMENTUM) for each in settings]
+    grads = tuple(arrays["grad"] for arrays in variables)
+    plan_of(variables, range(5)).step(grads, None, native_groups, _core.Call())
+    for mine, wanted, group in zip(variables, expected, groups, strict=True):
+        assert_same_bits(mine["param"], wanted["param"], f"weights of {group}")
 
 
 def check_launches():

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/bias_correction.hpp"
 #include "core/fp_mode.hpp"
 
 namespace adamax {
@@ -59,9 +60,17 @@ Arrays memory_for(Operation operation, std::size_t i, const Variable& v, const C
 std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call) {
   std::vector<Scalars> scalars;
   scalars.reserve(groups.size());
+  const Group* before = nullptr;
+  double bias = 0.0;  // of the group before
   for (const Group& group : groups) {
     try {
-      scalars.push_back(make_scalars(group, call));
+      check_group(group, call);
+      // Groups mostly differ in something else, and the power is the dearest of their scalars.
+      if (before == nullptr || group.beta_1 != before->beta_1 || group.step != before->step) {
+        bias = bias_correction(group.beta_1, group.step);
+      }
+      scalars.push_back(make_scalars(group, call, bias));
+      before = &group;
     } catch (const std::invalid_argument& error) {
       if (groups.size() == 1) throw;
       throw std::invalid_argument(error.what() + std::string(" (in groups[") +

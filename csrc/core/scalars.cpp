@@ -5,7 +5,6 @@
 #include <cstdio>
 
 #include "adamax/adamax.hpp"
-#include "core/bias_correction.hpp"
 
 namespace adamax {
 namespace {
@@ -26,6 +25,8 @@ void require_positive(const char* name, double value) {
 void require_beta(const char* name, double value) {
   require(value >= 0 && value < 1, name, "in [0, 1)", value);
 }
+
+}  // namespace
 
 void check_group(const Group& g, const Call& call) {
   require_not_negative("learning_rate", g.learning_rate);
@@ -48,8 +49,6 @@ void check_group(const Group& g, const Call& call) {
           "0 with DecayRule::kNone", g.weight_decay);
 }
 
-}  // namespace
-
 void check_call(const Call& call) {
   require(std::isfinite(call.grad_scale), "grad_scale", "finite", call.grad_scale);
   if (call.clip.rule != ClipRule::kNone) {
@@ -60,8 +59,7 @@ void check_call(const Call& call) {
           static_cast<double>(call.micro_batches));
 }
 
-Scalars make_scalars(const Group& g, const Call& call) {
-  check_group(g, call);
+Scalars make_scalars(const Group& g, const Call& call, double bias_correction) {
   Scalars s;
   s.grad_scale = g.maximize ? -call.grad_scale : call.grad_scale;
   s.mean_scale = 1.0 / static_cast<double>(call.micro_batches);
@@ -72,7 +70,7 @@ Scalars make_scalars(const Group& g, const Call& call) {
   s.beta_2 = g.beta_2;
   s.epsilon = g.epsilon;
   s.epsilon_rule = g.epsilon_rule;
-  s.rate = g.learning_rate / bias_correction(g.beta_1, g.step);
+  s.rate = g.learning_rate / bias_correction;
   s.ema_momentum = g.ema_momentum;
   s.average_mode = g.step == 1 ? AverageMode::kStart : AverageMode::kRunning;
   s.overwrite = call.overwrite;

@@ -38,9 +38,13 @@ struct Scalars {
 struct Group;
 struct Call;
 
-// Throws std::invalid_argument for a setting out of range.
+// Throw std::invalid_argument for a setting out of range.
 void check_call(const Call& call);
-Scalars make_scalars(const Group& group, const Call& call);
+void check_group(const Group& group, const Call& call);
+
+// Of checked settings; `bias_correction` is 1 - beta_1^step. Throws std::invalid_argument for a
+// rate or a decay that overflows.
+Scalars make_scalars(const Group& group, const Call& call, double bias_correction);
 
 // Throws std::invalid_argument if a scalar, made of a group and a call, is lost in float32: an
 // epsilon that becomes 0, a rate that becomes infinite.
