@@ -142,7 +142,7 @@ def wrapper():
     class Wrapper(torch.Tensor):
         @classmethod
         def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-            raise NotImplementedError(str(function))
+            raise TypeError(f"{function} finds no memory here")  # as of a tensor without any
 
     return torch.Tensor._make_wrapper_subclass(Wrapper, SHAPE)
 
