@@ -15,10 +15,9 @@ def cpp_library(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain_cpp_library(tmp_path_factory):
-    """Without OpenMP, and for a processor without instruction sets of its own."""
+    """For a processor without instruction sets of its own."""
     return build_and_install(
         tmp_path_factory.mktemp("plain_cpp_library"),
-        "-DADAMAX_EXT_OPENMP=OFF",
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=generic",
     )

@@ -267,19 +267,6 @@ def test_a_cycle_through_an_optimizer_is_collected(make, hold):
     assert [reference() for reference in alive] == [None] * 20
 
 
-# ---- Threads -------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.skipif(not adamax_ext.build_info()["openmp"], reason="built without OpenMP")
-def test_the_limit_of_openmp_itself():
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="sets the limit of OpenMP")
-    assert adamax_ext.get_num_threads() == 4
-    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
-        assert adamax_ext.get_num_threads() == 1
-    assert adamax_ext.get_num_threads() == 4
-
-
 # ---- Python that runs in the middle of a call ----------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """Instruction sets stay in their kernels; no arithmetic is fused, approximate or in other modes."""
 
-import contextlib
 import functools
 import inspect
 import json
@@ -18,7 +17,15 @@ import adamax_ext
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, schedules
 from support.building import run
-from support.processes import LARGE, SMALL, Mxcsr, in_own_process, trained, use_threads
+from support.processes import (
+    LARGE,
+    SMALL,
+    Mxcsr,
+    in_own_process,
+    mode_is_kept,
+    trained,
+    use_threads,
+)
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux",
@@ -257,18 +264,6 @@ def test_forced_instruction_set_is_what_runs(forced, guarded):
 
 
 # ---- Floating-point mode and import --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def mode_is_kept(mode):
-    mxcsr = Mxcsr()
-    try:
-        mxcsr.set(mode)
-        yield
-        after = mxcsr.get()
-    finally:
-        mxcsr.set(Mxcsr.DEFAULT)
-    assert after == mode, f"{after:#x} instead of {mode:#x}"
 
 
 MODES = {"flush": 0x9FC0, "down": 0x3F80, "up": 0x5F80, "zero": 0x7F80, "flush_up": 0xDFC0}

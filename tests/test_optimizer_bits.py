@@ -130,7 +130,6 @@ def count_threads():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
-@pytest.mark.skipif(not adamax_ext.build_info()["openmp"], reason="built without OpenMP")
 def test_as_many_threads_run_as_these_tests_ask_for():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         counts = process.submit(count_threads).result()

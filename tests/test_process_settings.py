@@ -88,7 +88,6 @@ ONE_CPU = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
 SET = "adamax_ext.set_num_threads"
 
 
-@pytest.mark.skipif(not adamax_ext.build_info()["openmp"], reason="this build has one thread")
 @pytest.mark.parametrize(
     ("ours", "openmp", "code", "expected"),
     [

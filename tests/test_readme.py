@@ -30,7 +30,7 @@ def test_cpp_example(cpp_library, tmp_path):
     source.write_text(block("cpp"))
     (archive,) = cpp_library.prefix.rglob("*.a")
     include = cpp_library.prefix / "include"
-    run("c++", "-std=c++20", "-fopenmp", f"-I{include}", source, archive, "-o", program)
+    run("c++", "-std=c++20", "-pthread", f"-I{include}", source, archive, "-o", program)
     run(program)
 
 

@@ -11,6 +11,7 @@
 #include "core/bias_correction.hpp"
 #include "core/fp_mode.hpp"
 #include "cpu/cpu_limit.hpp"
+#include "cpu/openmp.hpp"
 #include "cpu/parallel.hpp"
 
 namespace adamax::bindings {
@@ -23,7 +24,7 @@ py::dict build_info() {
   info["flags"] = ADAMAX_EXT_FLAGS;
   info["isas_built"] = py::str(ADAMAX_EXT_ISAS).attr("split")(",");
   info["isa_active"] = active_isa();
-  info["openmp"] = py::bool_(ADAMAX_EXT_HAS_OPENMP);
+  info["openmp"] = py::bool_(cpu::loaded_openmp() != nullptr);
   info["cuda_architectures"] = py::str(ADAMAX_EXT_CUDA_ARCHITECTURES).attr("split")();
   return info;
 }

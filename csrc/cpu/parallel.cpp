@@ -1,4 +1,4 @@
-// One parallel region over a list of independent work items, and how many threads it gets.
+// One function on several threads, and how many threads that are.
 #include "cpu/parallel.hpp"
 
 #include <algorithm>
@@ -9,10 +9,9 @@
 #include "adamax/adamax.hpp"
 #include "core/fp_mode.hpp"
 #include "cpu/cpu_limit.hpp"
+#include "cpu/openmp.hpp"
+#include "cpu/pool.hpp"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -28,8 +27,8 @@ constexpr std::int64_t kBytesPerThread = 1024 * 1024;
 std::atomic<int> requested_threads{0};  // by set_num_threads; 0: not called
 std::atomic<int> cpu_limit_override{0};
 
-// Note [Fork]: the threads of an OpenMP pool do not survive fork(), and the runtime would wait for
-// them for ever. A child therefore never enters an OpenMP construct.
+// Note [Fork]: the threads of a pool do not survive fork(), and who waits for them waits for ever.
+// A child therefore never uses one.
 std::atomic<bool> is_forked_child{false};
 #if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] const int fork_handler =
@@ -42,7 +41,7 @@ int positive_from_environment(const char* name) {
   return text == nullptr ? 0 : std::max(0, std::atoi(text));
 }
 
-[[maybe_unused]] int threads_from_environment() {
+int threads_from_environment() {
   static const int threads = [] {
     const int ours = positive_from_environment("ADAMAX_EXT_NUM_THREADS");
     return ours > 0 ? ours : positive_from_environment("OMP_NUM_THREADS");
@@ -50,61 +49,40 @@ int positive_from_environment(const char* name) {
   return threads;
 }
 
-#ifdef _OPENMP
-// OpenMP's own limit, when the library was loaded: what the environment says, or the processors.
-const int openmp_limit_at_start = omp_get_max_threads();
-
-// What OpenMP was limited to since then, by threadpoolctl for example; or "no limit".
+// What the loaded OpenMP runtime was limited to, by torch.set_num_threads or threadpoolctl for
+// example; what it starts with is no limit.
 int openmp_limit() {
-  const int now = omp_get_max_threads();
-  return now < openmp_limit_at_start ? now : std::numeric_limits<int>::max();
+  constexpr int kNoLimit = std::numeric_limits<int>::max();
+  const OpenMP* const openmp = loaded_openmp();
+  if (openmp == nullptr) return kNoLimit;
+  static const int at_start = [] {
+    const int from_environment = positive_from_environment("OMP_NUM_THREADS");
+    return from_environment > 0 ? from_environment : cpu_limit();
+  }();
+  const int now = openmp->max_threads();
+  return now < at_start ? now : kNoLimit;
 }
-#endif
 
 int max_threads() {
-#ifdef _OPENMP
   if (is_forked_child.load(std::memory_order_relaxed)) return 1;
   const int override = cpu_limit_override.load(std::memory_order_relaxed);
   const int limit = std::min(override > 0 ? override : cpu_limit(), openmp_limit());
   const int requested = requested_threads.load(std::memory_order_relaxed);
   const int wanted = requested > 0 ? requested : threads_from_environment();
   return wanted > 0 ? std::min(wanted, limit) : limit;
-#else
-  return 1;
-#endif
 }
 
 }  // namespace
 
-void Team::barrier() const {
-#ifdef _OPENMP
-  if (size_ > 1) {
-#pragma omp barrier
-  }
-#endif
-}
-
-bool Team::is_first() const {
-#ifdef _OPENMP
-  return size_ == 1 || omp_get_thread_num() == 0;
-#else
-  return true;
-#endif
-}
-
-void run_parallel([[maybe_unused]] int threads, const std::function<void(const Team&)>& body) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      const FloatingPointMode ieee;
-      body(Team(omp_get_num_threads()));
-    }
-    return;
-  }
-#endif
-  const FloatingPointMode ieee;
-  body(Team(1));
+void run_parallel(int threads, const std::function<void()>& body) {
+  const auto in_ieee_mode = [](void* data) {
+    const FloatingPointMode ieee;
+    (*static_cast<const std::function<void()>*>(data))();
+  };
+  void* const data = const_cast<std::function<void()>*>(&body);
+  if (threads == 1) return in_ieee_mode(data);
+  const OpenMP* const openmp = loaded_openmp();
+  (openmp != nullptr ? openmp->parallel : run_on_pool)(in_ieee_mode, data, threads, 0);
 }
 
 int threads_for(std::int64_t bytes) {

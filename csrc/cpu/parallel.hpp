@@ -1,4 +1,4 @@
-// One parallel region over a list of independent work items, and how many threads it gets.
+// One function on several threads, and how many threads that are.
 #pragma once
 
 #include <atomic>
@@ -7,28 +7,17 @@
 
 namespace adamax::cpu {
 
-// The threads of a region as one of them sees it.
-class Team {
- public:
-  explicit Team(int size) : size_(size) {}
+// Calls body() on up to `threads` threads at once, in IEEE mode on each, and returns when all calls
+// have. What is to be done is for the calls to share out, however many they are. `body` must not
+// throw.
+void run_parallel(int threads, const std::function<void()>& body);
 
-  // Calls work(i) for every i below count, each from one thread of the team. Every thread of the
-  // team calls this with the same `next`, which starts at 0.
-  template <class Work>
-  void share(std::atomic<std::int64_t>& next, std::int64_t count, const Work& work) const {
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-  }
-
-  void barrier() const;
-  bool is_first() const;
-
- private:
-  [[maybe_unused]] int size_;
-};
-
-// Runs body on `threads` threads, in IEEE mode on each; directly on the caller's if that is one.
-// `body` must not throw.
-void run_parallel(int threads, const std::function<void(const Team&)>& body);
+// For body(): calls work(i) for every i below count that no other thread has taken. `next` starts
+// at 0.
+template <class Work>
+void share(std::atomic<std::int64_t>& next, std::int64_t count, const Work& work) {
+  for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+}
 
 // Threads worth waking for that many bytes of traffic.
 int threads_for(std::int64_t bytes);

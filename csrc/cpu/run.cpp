@@ -10,6 +10,7 @@
 #include "core/fp_mode.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/sums.hpp"
 #include "cpu/work.hpp"
 
@@ -45,21 +46,27 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
   const KernelTable& table = active_table();
   const Work work(program.rows);
   Sums sums(program, scratch);
-  std::atomic<std::int64_t> next_sum{0}, next_operation{0};
+  std::atomic<std::int64_t> next_sum{0}, next_operation{0}, unsummed{work.chunks()};
+  std::atomic<std::uint32_t> is_summing{program.has_sums()};
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
 
-  const auto work_of_thread = [&](const Team& team) {
+  const auto finish_sums = [&] {
+    sums.finish();
+    is_summing.store(0, std::memory_order_release);
+    is_summing.notify_all();
+  };
+  if (program.has_sums() && work.chunks() == 0) finish_sums();
+  const auto work_of_thread = [&] {
     if (program.has_sums()) {
-      team.share(next_sum, work.chunks(), [&](std::int64_t chunk) {
+      share(next_sum, work.chunks(), [&](std::int64_t chunk) {
         for (const Piece& piece : work.chunk(chunk)) sums.add(table, piece);
+        if (unsummed.fetch_sub(1, std::memory_order_acq_rel) == 1) finish_sums();
       });
-      team.barrier();
-      if (team.is_first()) sums.finish();
-      team.barrier();
+      wait_while(is_summing, 1);
       if (!sums.outcome().is_finite) return;
     }
-    team.share(next_operation, work.chunks(), [&](std::int64_t chunk) {
+    share(next_operation, work.chunks(), [&](std::int64_t chunk) {
       for (const Piece& piece : work.chunk(chunk)) {
         const Row& row = program.rows[piece.row];
         if (const Kernel kernel = kernel_for(table, row)) {

@@ -123,7 +123,14 @@ def global_norm(buffers: Iterable[Any]) -> float:
 
 
 def build_info() -> dict[str, Any]:
-    """Return version, compiler, kernel flags, instruction sets, OpenMP, CUDA architectures."""
+    """Return what was built, and what runs.
+
+    Returns
+    -------
+    dict
+        Version, compiler, kernel flags, instruction sets, CUDA architectures, and as "openmp"
+        whether an OpenMP runtime is loaded, whose threads then do the work.
+    """
     return _core.build_info()
 
 
@@ -146,8 +153,8 @@ def active_isa() -> str:
 def set_num_threads(n: int) -> None:
     """Use at most `n` threads for large steps; results do not depend on it.
 
-    The CPU affinity and the cgroup quota of the process are upper limits all the same. Without a
-    call, the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
+    The CPU affinity, the cgroup quota and the limit of a loaded OpenMP runtime, such as that of
+    torch.set_num_threads, are upper limits all the same. Without a call, the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
 
     Raises
     ------

@@ -90,6 +90,18 @@ class Mxcsr:
     def set_on_workers(self, mode):
         """Set it on the OpenMP threads that the calling thread will use; they keep it."""
         with contextlib.suppress(OSError):  # not this OpenMP, or none
-            openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+            openmp = ctypes.CDLL("libgomp.so.1")
             openmp.GOMP_parallel(self._load, ctypes.byref(ctypes.c_uint32(mode)), 4, 0)
             self.set(self.DEFAULT)
+
+
+@contextlib.contextmanager
+def mode_is_kept(mode):
+    mxcsr = Mxcsr()
+    try:
+        mxcsr.set(mode)
+        yield
+        after = mxcsr.get()
+    finally:
+        mxcsr.set(Mxcsr.DEFAULT)
+    assert after == mode, f"{after:#x} instead of {mode:#x}"

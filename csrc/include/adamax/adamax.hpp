@@ -138,7 +138,7 @@ std::vector<std::string> available_isas();
 std::string active_isa();
 
 // Threads for large steps: at most `n`, the processors of the affinity mask, the cgroup's quota,
-// and what OpenMP was limited to since the library was loaded. Without a call,
+// and what an OpenMP runtime in the process is limited to. Without a call,
 // ADAMAX_EXT_NUM_THREADS, then OMP_NUM_THREADS, stand for `n`.
 void set_num_threads(int n);
 int get_num_threads();
