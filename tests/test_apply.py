@@ -84,6 +84,23 @@ def test_building_again():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_state_begins_in_a_cache_line_where_its_variable_does(dtype):
+    memory = np.zeros(4096, np.uint8)
+    itemsize = np.dtype(dtype).itemsize
+    for offset in range(-memory.ctypes.data % 64, 64, 3):
+        variable = np.ndarray(100, dtype, memory, offset)
+        optimizer = Adamax()
+        optimizer.build([variable])
+        for array in optimizer.state["variable_0"].values():
+            # So many elements to the next line, or to its second half.
+            elements = variable.ctypes.data // itemsize
+            assert array.ctypes.data // array.itemsize % (64 // array.itemsize) == elements % (
+                64 // array.itemsize
+            )
+            assert array.flags.aligned
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
 def test_state_has_the_layout_of_its_variable(axes, dtype):
     variables = [np.ones(s, dtype) for s in ((2, 3, 4), (), (0, 2))]
@@ -95,7 +112,8 @@ def test_state_has_the_layout_of_its_variable(axes, dtype):
         for array in arrays.values():
             assert array.dtype == ("float64" if dtype == "float64" else "float32")
             assert array.shape == variable.shape
-            assert np.argsort(array.strides).tolist() == np.argsort(variable.strides).tolist()
+            if array.size:
+                assert np.argsort(array.strides).tolist() == np.argsort(variable.strides).tolist()
             assert not array.any()
     live = optimizer.state["variable_0"]["gradient_accumulator"]
     optimizer.apply([variable.copy("K") for variable in variables])

@@ -139,23 +139,24 @@ def test_as_many_threads_run_as_these_tests_ask_for():
 # ---- Tails and alignment ----------------------------------------------------------------------
 
 WIDTH = 16  # elements of the widest vector
-LENGTHS = range(4 * WIDTH + 4)
-ROW = len(LENGTHS) + 2 * WIDTH  # the longest, its offset, and guards on both sides
+SHORT = list(range(4 * WIDTH + 4))
+LONG = [8191, 8192, 8211]  # from 8,192 on a loop begins with what lies before a cache line
 STREAMS = ("variables", "m", "u", "average", "accumulator")
 
 
 def lay_out(arrays, offset, byte_offset):
     """Copy `arrays`, one a length, into rows of guards; return all the memory, and the copies."""
     dtype = arrays[0].dtype
-    memory = np.full(len(LENGTHS) * ROW * dtype.itemsize + byte_offset, 0xA5, np.uint8)
-    rows = np.ndarray((len(LENGTHS), ROW), dtype, memory, byte_offset)
-    views = [rows[n, offset : offset + n] for n in LENGTHS]
+    width = arrays[-1].size + 2 * WIDTH  # the longest, its offset, and guards on both sides
+    memory = np.full(len(arrays) * width * dtype.itemsize + byte_offset, 0xA5, np.uint8)
+    rows = np.ndarray((len(arrays), width), dtype, memory, byte_offset)
+    views = [row[offset : offset + array.size] for row, array in zip(rows, arrays, strict=True)]
     for view, array in zip(views, arrays, strict=True):
         view[...] = array
     return memory, views
 
 
-def check_lengths(param, grad, byte_shift):
+def check_lengths(param, grad, byte_shift, lengths):
     """Accumulate, clip, update and average n elements for every n, at every offset."""
     rng = np.random.default_rng(2)
     storage = dtype_of(param)
@@ -163,14 +164,14 @@ def check_lengths(param, grad, byte_shift):
     program = MixedReference(
         **shared, global_clipnorm=4.3, gradient_accumulation_steps=2, use_ema=True
     )
-    program.build([spread(rng, n, storage) for n in LENGTHS])
+    program.build([spread(rng, n, storage) for n in lengths])
     for kind in STREAMS[1:]:
-        setattr(program, kind, [abs(spread(rng, n, program.m[0].dtype)) for n in LENGTHS])
+        setattr(program, kind, [abs(spread(rng, n, program.m[0].dtype)) for n in lengths])
     kinds = {kind: [a.copy() for a in getattr(program, kind)] for kind in STREAMS}
-    calls = [[spread(rng, n, dtype_of(grad)) for n in LENGTHS] for _ in range(4)]
+    calls = [[spread(rng, n, dtype_of(grad)) for n in lengths] for _ in range(4)]
 
     def with_gaps(call, grads):
-        return [None if n % 5 == call else g for n, g in zip(LENGTHS, grads, strict=True)]
+        return [None if n % 5 == call else g for n, g in zip(lengths, grads, strict=True)]
 
     for call, grads in enumerate(calls):
         program.apply(with_gaps(call, grads))
@@ -187,8 +188,8 @@ def check_lengths(param, grad, byte_shift):
         params, momentum, norm, averages, accumulators = (views for _, views in placed.values())
         plan = _core.Plan(
             tuple(params),
-            [str(n) for n in LENGTHS],
-            [0] * len(LENGTHS),
+            [str(n) for n in lengths],
+            [0] * len(lengths),
             momentum=momentum,
             norm=norm,
             averages=averages,
@@ -204,14 +205,20 @@ def check_lengths(param, grad, byte_shift):
         for kind in STREAMS:
             expected, _ = place(kind, getattr(program, kind))
             wrong = np.flatnonzero(placed[kind][0] != expected)
-            assert not wrong.size, f"{kind} at offset {offset}: byte {wrong[0]} of rows of {ROW}"
+            assert not wrong.size, f"{kind} at offset {offset}: byte {wrong[0]}"
 
 
 @every_isa
 @every_pair
 @pytest.mark.parametrize("byte_shift", [0, 1, 3])
 def test_every_length_and_offset_between_guards(isa, param, grad, byte_shift):
-    run_on(isa, check_lengths, param, grad, byte_shift)
+    run_on(isa, check_lengths, param, grad, byte_shift, SHORT)
+
+
+@every_isa
+@every_pair
+def test_long_ones_at_every_offset(isa, param, grad):
+    run_on(isa, check_lengths, param, grad, 0, LONG)
 
 
 # ---- Bookkeeping ------------------------------------------------------------------------------

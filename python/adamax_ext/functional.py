@@ -154,7 +154,8 @@ def set_num_threads(n: int) -> None:
     """Use at most `n` threads for large steps; results do not depend on it.
 
     The CPU affinity, the cgroup quota and the limit of a loaded OpenMP runtime, such as that of
-    torch.set_num_threads, are upper limits all the same. Without a call, the environment variables ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
+    torch.set_num_threads, are upper limits all the same. Without a call, the environment variables
+    ADAMAX_EXT_NUM_THREADS and then OMP_NUM_THREADS stand for `n`.
 
     Raises
     ------
