@@ -157,6 +157,45 @@ def test_state_moves(tmp_path, source, target):
     emulated.run(check_moves, tmp_path, source, target)
 
 
+def check_moved_state():
+    """As a torch tensor of state whose `data` was assigned."""
+    weights = [TableArray(np.ones(5, np.float32))]
+    optimizer, other = Adamax(), Adamax()
+    optimizer.build(weights)
+    twin = np.ones(5, np.float32)
+    other.build([twin])
+    for step in range(4):
+        grad = spread(np.random.default_rng(step), (5,), np.float32)
+        optimizer.apply([TableArray(grad)])
+        other.apply([grad])
+        for array in optimizer.state["variable_0"].values():
+            old = array.host
+            array.become(old.copy())
+            old[:] = np.nan
+    assert_same_bits(weights[0].host, twin, "weights")
+    for kind, array in optimizer.state["variable_0"].items():
+        assert_same_bits(array.host, other.state["variable_0"][kind], kind)
+
+    norm = optimizer.state["variable_0"]["norm"]
+    fitting, before = norm.host, twin.copy()
+    refused = {
+        "has 4 elements": np.ones(4, np.float32),
+        "has dtype float64": np.ones(5, np.float64),
+        "overlaps": optimizer.state["variable_0"]["momentum"].host,
+    }
+    for why, array in refused.items():
+        norm.become(array)
+        with pytest.raises((ValueError, TypeError), match=rf"^norm\[0\] .*'variable_0'.* {why}"):
+            optimizer.apply([TableArray(twin)])
+    norm.become(fitting)
+    assert_same_bits(weights[0].host, before, "weights")
+    assert optimizer.apply([TableArray(twin)]) == 5
+
+
+def test_state_whose_memory_moved():
+    emulated.run(check_moved_state)
+
+
 def check_state():
     weights = [CudaArray(np.asfortranarray(np.ones((2, 3), np.float16)))]
     optimizer = Adamax(use_ema=True)

@@ -27,8 +27,9 @@ enum class Protocol {
 struct TypeInfo {
   Protocol protocol = Protocol::kNone;
   const DLPackExchangeAPI* table = nullptr;
-  bool is_immutable = false;   // its arrays claim to be writable, or share memory
-  bool has_sign_mark = false;  // its arrays can be negated views, which DLPack does not tell
+  bool is_immutable = false;  // its arrays claim to be writable, or share memory
+  PyObject* is_neg =
+      nullptr;  // torch's method that tells a negated view, as DLPack does not; or null
   PyObject* increment_version = nullptr;  // torch's function for tensors that were written, or null
 };
 
@@ -55,7 +56,8 @@ TypeInfo inspect_type(py::handle object, py::handle type) {
   const std::string library = library_of(type);
   info.is_immutable = library == "jax" || library == "jaxlib" || library == "tensorflow";
   info.table = exchange_table(type);
-  info.has_sign_mark = py::hasattr(type, "is_neg");
+  info.is_neg = py::getattr(type, "is_neg", py::none()).release().ptr();
+  if (info.is_neg == Py_None) info.is_neg = nullptr;
   info.increment_version = torch_increment_version(type);
   if (info.increment_version == Py_None) info.increment_version = nullptr;  // an old torch
   if (py::isinstance<py::array>(object)) {
@@ -130,28 +132,20 @@ const TypeInfo& type_info(py::handle object) {
   return known->info;
 }
 
-bool is_negated(py::handle tensor) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  // Without a bound method for each tensor, of which the garbage collector would keep count.
+void require_plain_sign(const TypeInfo& info, py::handle object, const Label& label) {
+  if (info.is_neg == nullptr) return;
+  PyObject* const argument = object.ptr();
   const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(info.is_neg, &argument, 1, nullptr));
   if (!answer) throw py::error_already_set();
-  return answer.ptr() == Py_True;
+  if (answer.ptr() != Py_True) return;
+  throw py::value_error(label.text() +
+                        " is a negated view, whose memory holds the opposite sign; expected plain "
+                        "memory, such as its resolve_neg()");
 }
 
-}  // namespace
-
-void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
-                   Buffer& buffer) {
-  const TypeInfo& info = type_info(object);
-  if (access == Access::kWrite && info.is_immutable) {
-    throw_read_only(label, " (arrays of its library are immutable)");
-  }
-  if (info.has_sign_mark && is_negated(object)) {
-    throw py::value_error(label.text() +
-                          " is a negated view, whose memory holds the opposite sign; expected "
-                          "plain memory, such as its resolve_neg()");
-  }
+void import_memory(const TypeInfo& info, py::handle object, const Label& label, Access access,
+                   Leases& leases, Buffer& buffer) {
   switch (info.protocol) {
     case Protocol::kNumPy:
       return import_numpy(object, label, access, buffer);
@@ -170,6 +164,19 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   throw py::type_error(label.text() + " is a " + std::string(Py_TYPE(object.ptr())->tp_name) +
                        "; expected an object that exports memory (a NumPy array, DLPack, a CUDA "
                        "array, or the buffer protocol)");
+}
+
+}  // namespace
+
+void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
+                   Buffer& buffer, const void* known) {
+  const TypeInfo& info = type_info(object);
+  if (access == Access::kWrite && info.is_immutable) {
+    throw_read_only(label, " (arrays of its library are immutable)");
+  }
+  if (known == nullptr) require_plain_sign(info, object, label);
+  import_memory(info, object, label, access, leases, buffer);
+  if (known != nullptr && buffer.data != known) require_plain_sign(info, object, label);
 }
 
 bool has_version(py::handle object) { return type_info(object).increment_version != nullptr; }

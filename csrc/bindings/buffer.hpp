@@ -31,8 +31,12 @@ enum class Access { kRead, kWrite };
 // protocol. Throws TypeError (no memory, or a dtype that is not known), BufferError (read-only,
 // closed, freed or deleted), ValueError (another kind of device, strides that are no whole
 // elements, a tensor without plain memory) or RuntimeError (a CUDA device on which no kernel runs).
+//
+// A negated view of torch, whose memory holds the opposite sign, is refused. To ask for that is the
+// dearest part, and left out where the memory begins at `known`: an object that was asked before
+// could be negated there by torch._neg_view alone, which is private.
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
-                   Buffer& buffer);
+                   Buffer& buffer, const void* known = nullptr);
 
 // Whether autograd counts the writes to an object, as it does for torch tensors.
 bool has_version(py::handle object);

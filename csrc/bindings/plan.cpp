@@ -2,7 +2,6 @@
 #include "bindings/plan.hpp"
 
 #include <algorithm>
-#include <array>
 
 namespace adamax::bindings {
 namespace {
@@ -10,9 +9,8 @@ namespace {
 constexpr std::array<std::string_view, 4> kStateRoles = {"momentum", "norm", "average",
                                                          "gradient_accumulator"};
 
-std::array<void*, 4> state_of(const Arrays& memory) {
-  return {memory.momentum, memory.norm, memory.average, memory.accumulator};
-}
+constexpr std::array kStateMembers = {&Arrays::momentum, &Arrays::norm, &Arrays::average,
+                                      &Arrays::accumulator};
 
 class Busy {
  public:
@@ -47,22 +45,16 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
     index_by_identity_.emplace(entry.param.ptr(), i);
     has_versions_ = has_versions_ || has_version(entry.param);
 
-    const auto import_state = [&](const py::object& list, std::size_t role) -> void* {
-      if (list.is_none()) return nullptr;
-      Buffer buffer;
-      const Label name = label(kStateRoles[role], i);
-      entry.state.emplace_back(list[py::int_(i)]);
-      import_buffer(entry.state.back(), name, Access::kWrite, leases, buffer);
-      require_state_dtype(buffer, name, param);
-      require_same_layout(buffer, name, param, label("variables", i));
-      return buffer.data;
-    };
-    entry.variable = {
-        {param.data, nullptr, import_state(state.momentum, 0), import_state(state.norm, 1),
-         import_state(state.averages, 2), import_state(state.accumulators, 3)},
-        param.size,
-        {param.dtype, param.dtype, compute_dtype(param.dtype)},
-        groups.at(i)};
+    entry.variable = {{param.data},
+                      param.size,
+                      {param.dtype, param.dtype, compute_dtype(param.dtype)},
+                      groups.at(i)};
+    const py::object* const lists[] = {&state.momentum, &state.norm, &state.averages,
+                                       &state.accumulators};
+    for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
+      if (!lists[role]->is_none()) entry.state[role] = (*lists[role])[py::int_(i)];
+    }
+    refresh_state(i, leases);
   }
   find_written_memory();
   runner_.emplace(entries_.empty() ? kHost : entries_[0].buffer.device);
@@ -108,10 +100,10 @@ void Plan::find_written_memory() {
     const Buffer& param = entries_[i].buffer;
     index_by_memory_.emplace(std::pair(param.data, param.bytes()), i);
     written.add(param.data, param.bytes(), label("variables", i));
-    const std::array<void*, 4> state = state_of(v.memory);
-    for (std::size_t s = 0; s < state.size(); ++s) {
-      if (state[s] == nullptr) continue;
-      written.add(state[s], v.size * itemsize(v.storage.state), label(kStateRoles[s], i));
+    for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
+      if (!entries_[i].state[role]) continue;
+      written.add(v.memory.*kStateMembers[role], v.size * itemsize(v.storage.state),
+                  label(kStateRoles[role], i));
     }
   }
   written.seal();
@@ -119,13 +111,13 @@ void Plan::find_written_memory() {
   written_is_current_ = true;
 }
 
-// A parameter may have moved (a tensor that was given new data) or been closed since the last step.
-void Plan::refresh_parameters(Leases& leases, Streams& streams) {
+// Memory may have moved (a tensor that was given new data) or been closed since the last step.
+void Plan::refresh(Leases& leases, Streams& streams) {
   Buffer now;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
-    import_buffer(entry.param, label("variables", i), Access::kWrite, leases, now);
     const Buffer& planned = entry.buffer;
+    import_buffer(entry.param, label("variables", i), Access::kWrite, leases, now, planned.data);
     if (now.dtype != planned.dtype) {
       throw py::type_error(label("variables", i).text() + " has dtype " +
                            std::string(dtype_name(now.dtype)) + "; the optimizer was built with " +
@@ -134,12 +126,29 @@ void Plan::refresh_parameters(Leases& leases, Streams& streams) {
     require_same_layout(now, label("variables", i), planned,
                         {"the variable at build", -1, nullptr});
     streams.add(now);
+    if (planned.device != kHost) refresh_state(i, leases);
     if (now.data == planned.data) continue;
     written_is_current_ = false;  // also if a later variable is refused
     entry.buffer.data = now.data;
     entry.variable.memory.param = now.data;
   }
   if (!written_is_current_) find_written_memory();
+}
+
+void Plan::refresh_state(std::size_t i, Leases& leases) {
+  Entry& entry = entries_[i];
+  Buffer now;
+  for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
+    if (!entry.state[role]) continue;
+    void*& known = entry.variable.memory.*kStateMembers[role];
+    const Label name = label(kStateRoles[role], i);
+    import_buffer(entry.state[role], name, Access::kWrite, leases, now, known);
+    require_state_dtype(now, name, entry.buffer);
+    require_same_layout(now, name, entry.buffer, label("variables", i));
+    if (now.data == known) continue;
+    written_is_current_ = false;
+    known = now.data;
+  }
 }
 
 std::optional<std::size_t> Plan::find_object(py::handle variable, std::size_t position) const {
@@ -240,7 +249,7 @@ bool Plan::step(const py::tuple& grads, const std::optional<py::tuple>& variable
   const Busy busy(is_busy_);
   Leases leases;
   Streams streams;
-  refresh_parameters(leases, streams);
+  refresh(leases, streams);
   const std::vector<py::handle> gradients = gradients_by_variable(grads, variables, leases);
   std::string skipped;
   bool has_gradient = false;
@@ -262,7 +271,7 @@ bool Plan::step(const py::tuple& grads, const std::optional<py::tuple>& variable
                      ("no gradient for " + skipped + ": skipped in this call").c_str(), 4) != 0) {
       throw py::error_already_set();
     }
-    refresh_parameters(leases, streams);
+    refresh(leases, streams);
   }
   variables_.clear();
   for (std::size_t i = 0; i < entries_.size(); ++i) {
@@ -283,7 +292,7 @@ void Plan::finalize(const std::optional<py::tuple>& variables) {
   const Busy busy(is_busy_);
   Leases leases;
   Streams streams;
-  refresh_parameters(leases, streams);
+  refresh(leases, streams);
   std::vector<bool> is_chosen(entries_.size(), !variables);
   for (std::size_t k = 0; variables && k < variables->size(); ++k) {
     const py::object variable = (*variables)[k];

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <atomic>
 #include <map>
 #include <optional>
@@ -48,7 +49,7 @@ class Plan {
  private:
   struct Entry {
     py::object param;
-    std::vector<py::object> state;  // owns the memory of `variable`
+    std::array<py::object, 4> state;  // the arrays of kStateRoles, or none, in `variable`
     std::string name;
     Buffer buffer;                   // of the parameter, as last seen
     Variable variable;               // without a gradient
@@ -58,7 +59,9 @@ class Plan {
   Label label(std::string_view role, std::size_t i) const {
     return {role, static_cast<py::ssize_t>(i), &entries_[i].name};
   }
-  void refresh_parameters(Leases& leases, Streams& streams);
+  // Reads again where parameters lie, and state on a device: the tensors of its library.
+  void refresh(Leases& leases, Streams& streams);
+  void refresh_state(std::size_t i, Leases& leases);
   void find_written_memory();
   // The variable that is this object; `position` is where it mostly is.
   std::optional<std::size_t> find_object(py::handle variable, std::size_t position) const;

@@ -38,14 +38,15 @@ def exclusive(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate
         # A lock would stay locked if an interrupt came between taking it and noting that. Here one
         # operation of a dict enters, and what leaves, uninterrupted, knows whose call it is.
         call = [_process]
+        attributes = self.__dict__
         try:
-            running = self.__dict__.setdefault("_running", call)
+            running = attributes.setdefault("_running", call)
             if running is not call:
                 raise RuntimeError(_BUSY if running[0] == _process else _FORKED)
             return method(self, *args, **kwargs)
         finally:
-            if self._running is call:
-                del self._running
+            if "_running" in attributes and attributes["_running"] is call:
+                del attributes["_running"]
 
     return wrapper
 

@@ -181,7 +181,12 @@ class TableArray:
     current_stream = 9
 
     def __init__(self, host):
-        self.host, self.device = host, Device(0)
+        self.device = Device(0)
+        self.become(host)
+
+    def become(self, host):
+        """Get other memory, as by an assignment to `data`."""
+        self.host = host
         strides = [stride // host.itemsize for stride in host.strides]
         self.numbers = [(ctypes.c_int64 * len(list_))(*list_) for list_ in (host.shape, strides)]
 
