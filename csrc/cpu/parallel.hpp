@@ -1,6 +1,7 @@
 // One function on several threads, and how many threads that are.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -12,12 +13,41 @@ namespace adamax::cpu {
 // throw.
 void run_parallel(int threads, const std::function<void()>& body);
 
-// For body(): calls work(i) for every i below count that no other thread has taken. `next` starts
-// at 0.
-template <class Work>
-void share(std::atomic<std::int64_t>& next, std::int64_t count, const Work& work) {
-  for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-}
+// Work items [0, count) for threads to share out: each thread takes a contiguous part in order, and
+// then helps with the parts of others.
+//
+// Note [Parts]: neighbours from a single counter would do, too, but two threads that read memory
+// side by side hinder each other: on Zen 5 that takes 15 % longer than two that are far apart.
+class Shares {
+ public:
+  Shares(std::int64_t count, int threads) : parts_(std::min(threads, kMaxParts)) {
+    for (int i = 0; i < parts_; ++i) {
+      next_[i].value.store(count * i / parts_, std::memory_order_relaxed);
+      end_[i] = count * (i + 1) / parts_;
+    }
+  }
+
+  // Calls work(i) for every item that no other thread has taken, from part `first` on.
+  template <class Work>
+  void take(int first, const Work& work) {
+    for (int k = 0; k < parts_; ++k) {
+      const int part = (first + k) % parts_;
+      for (std::int64_t i;
+           (i = next_[part].value.fetch_add(1, std::memory_order_relaxed)) < end_[part];) {
+        work(i);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMaxParts = 64;
+  struct alignas(64) Next {  // a cache line of its own
+    std::atomic<std::int64_t> value;
+  };
+  int parts_;
+  Next next_[kMaxParts];
+  std::int64_t end_[kMaxParts];
+};
 
 // Threads worth waking for that many bytes of traffic.
 int threads_for(std::int64_t bytes);

@@ -62,10 +62,13 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
   const KernelTable& table = active_table();
   const Work work(program.rows);
   Sums sums(program, scratch);
-  std::atomic<std::int64_t> next_sum{0}, next_operation{0}, unsummed{work.chunks()};
-  std::atomic<std::uint32_t> is_summing{program.has_sums()};
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
+  const int threads = threads_for(bytes);
+  Shares to_sum(work.chunks(), threads), to_do(work.chunks(), threads);
+  std::atomic<int> entered{0};
+  std::atomic<std::int64_t> unsummed{work.chunks()};
+  std::atomic<std::uint32_t> is_summing{program.has_sums()};
 
   const auto finish_sums = [&] {
     sums.finish();
@@ -74,15 +77,16 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
   };
   if (program.has_sums() && work.chunks() == 0) finish_sums();
   const auto work_of_thread = [&] {
+    const int thread = entered.fetch_add(1, std::memory_order_relaxed);
     if (program.has_sums()) {
-      share(next_sum, work.chunks(), [&](std::int64_t chunk) {
+      to_sum.take(thread, [&](std::int64_t chunk) {
         for (const Piece& piece : work.chunk(chunk)) sums.add(table, piece);
         if (unsummed.fetch_sub(1, std::memory_order_acq_rel) == 1) finish_sums();
       });
       wait_while(is_summing, 1);
       if (!sums.outcome().is_finite) return;
     }
-    share(next_operation, work.chunks(), [&](std::int64_t chunk) {
+    to_do.take(thread, [&](std::int64_t chunk) {
       for (const Piece& piece : work.chunk(chunk)) {
         const Row& row = program.rows[piece.row];
         const Kernel kernel = kernel_for(table, row);
@@ -97,7 +101,7 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
     });
   };
   // By reference: without a copy on the heap.
-  run_parallel(threads_for(bytes), std::ref(work_of_thread));
+  run_parallel(threads, std::ref(work_of_thread));
   return sums.outcome();
 }
 
