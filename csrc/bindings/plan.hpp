@@ -60,6 +60,7 @@ class Plan {
   }
   void refresh_parameters(Leases& leases, Streams& streams);
   void find_written_memory();
+  Program largest_program() const;
   // The variable that is this object; `position` is where it mostly is.
   std::optional<std::size_t> find_object(py::handle variable, std::size_t position) const;
   // The variable whose memory another object stands for, such as a view. `taken` has an entry a
