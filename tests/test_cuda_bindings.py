@@ -11,7 +11,7 @@ import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, _core
 from support import emulated
 from support.bits import assert_same_bits, spread
-from support.emulated import CudaArray, DLPackArray, TableArray, log_of
+from support.emulated import GONE, BothArray, CudaArray, DLPackArray, JaxArray, TableArray, log_of
 
 # ---- Launches, streams, memory -------------------------------------------------------------------
 
@@ -163,6 +163,94 @@ def test_norms_at_once():
 # ---- Work that is still pending on what is lent --------------------------------------------------
 
 
+class LateBothArray(BothArray):
+    """A gradient that is computed when the library is told who waits for it."""
+
+    def compute(self):
+        self.host[...] = 0.5
+
+
+UNTOLD = {  # what an interface may say of streams without telling one
+    "version 2": {"version": 2},
+    "version 2 with an entry": {"version": 2, "stream": 7},
+    "no entry": {"version": 3},
+    "no version": {"version": GONE, "stream": 7},
+    "none": {"version": 3, "stream": None},
+}
+
+
+def late(**entries):
+    """Return arrays for which the device has still to compute 0.5, by one protocol and by both."""
+    both = LateBothArray(np.full(6, np.nan, np.float32), **entries)
+    alone = CudaArray(np.full(6, np.nan, np.float32), **{"stream": GONE, **entries})
+    emulated.when_synchronized(lambda: alone.host.fill(0.5))
+    return both, alone
+
+
+USES = {  # with a pending array
+    "apply": lambda o, late: o.apply([late]),
+    "norm": lambda o, late: adamax_ext.global_norm([CudaArray(ones()), late]),
+    "update": lambda o, late: adamax_ext.update(
+        *(CudaArray(ones()), late, CudaArray(ones()), CudaArray(ones())), step=1
+    ),
+    "copy": lambda o, late: _core.copy(CudaArray(ones()), late),
+    "copy to the host": lambda o, late: _core.copy(ones(), late),
+}
+
+
+def check_pending(entries, use):
+    optimizer, weights = Adamax(), [CudaArray(ones())]
+    optimizer.build(weights)
+    both, alone = late(**entries)
+    # DLPack, where there is it, lets the library see to it.
+    log = log_of(lambda: use(optimizer, both))
+    assert both.streams == [1]
+    assert "synchronize device" not in log
+    assert "synchronize" in log[-2:]
+    log = log_of(lambda: use(optimizer, alone))
+    if entries == UNTOLD["none"]:  # a promise
+        assert "synchronize device" not in log
+        emulated.finish()
+    else:
+        assert log[0] == "synchronize device"
+        assert "synchronize" in log[-2:]  # what comes later would not wait for us
+        assert np.all(alone.host == 0.5)
+    twin, host = Adamax(), [ones()]
+    twin.build(host)
+    if use is USES["apply"] and entries != UNTOLD["none"]:
+        for _ in range(2):
+            twin.apply([np.full(6, 0.5, np.float32)])
+        assert_same_bits(weights[0].host, host[0], "weights")
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("entries", UNTOLD)
+def test_interfaces_that_tell_no_stream(entries, use):
+    emulated.run(_check_pending, entries, use)
+
+
+def _check_pending(entries, use):
+    check_pending(UNTOLD[entries], USES[use])
+
+
+def check_told_stream():
+    """Where the interface tells a stream, nobody waits; JAX's tells none."""
+    optimizer = Adamax()
+    optimizer.build([CudaArray(ones())])
+    grad = BothArray(ones(), version=3, stream=5)
+    update = "launch update on device 0 stream 7"
+    assert log_of(lambda: optimizer.apply([grad])) == ["wait for 5", update, "hold up 5"]
+    assert grad.streams == []
+    grad = JaxArray(ones())
+    log = log_of(lambda: optimizer.apply([grad]))
+    assert log == ["wait for 1", update, "hold up 1", "synchronize"]
+    assert grad.streams == [1]
+
+
+def test_interfaces_that_tell_a_stream():
+    emulated.run(check_told_stream)
+
+
 def check_late_zeros():
     """The library fills the state on its current stream; the first step is on another one."""
     made = []
@@ -213,6 +301,7 @@ def check_capture(stream):
         return CudaArray(ones()), CudaArray(ones(), stream=5), DLPackArray(ones())
 
     pending, large = [], CudaArray(emulated.sparse(2**34, np.float16))
+    unknown = CudaArray(ones(), version=2)
     for settings in ({}, {"global_clipnorm": 1.0}):
         weights = [CudaArray(ones()) for _ in range(3)]
         optimizer, fresh = LossScaleOptimizer(Adamax(**settings)), Adamax(**settings)
@@ -220,6 +309,7 @@ def check_capture(stream):
         emulated.when_synchronized(lambda: pending.append(1))
         calls = {
             "step": lambda o=optimizer: o.apply(arrays()),
+            "with an unknown stream": lambda o=optimizer: o.apply([*arrays()[:2], unknown]),
             "first step": lambda f=fresh: f.apply(arrays(), arrays()),
             "update": lambda: adamax_ext.update(*arrays(), CudaArray(ones()), step=1),
             "norm": lambda: adamax_ext.global_norm(arrays()),

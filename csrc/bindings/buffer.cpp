@@ -161,7 +161,8 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
       return import_dlpack(object, label, access, leases, buffer);
     case Protocol::kCudaArrayInterface:
       place_on_device(buffer, label, 0, 0);  // before the library does any work
-      return import_cuda_array(object.attr("__cuda_array_interface__"), label, access, buffer);
+      return import_cuda_array(py::object(object.attr("__cuda_array_interface__")), label, access,
+                               buffer);
     case Protocol::kBufferProtocol:
       return import_view(object, label, access, leases, buffer);
     case Protocol::kNone:
