@@ -136,7 +136,10 @@ def output_of_configuring(folder, *options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-DADAMAX_EXT_CUDA=ON"], "ADAMAX_EXT_CUDA=ON needs nvcc"),
+        (
+            ["-DADAMAX_EXT_CUDA=ON"],
+            "ADAMAX_EXT_CUDA=ON needs nvcc, the CUDA compiler: found nvcc 0",
+        ),
         (["-DADAMAX_EXT_CUDA=MAYBE"], "ADAMAX_EXT_CUDA is MAYBE; expected AUTO, ON or OFF"),
         (["-DADAMAX_EXT_CUDA_ARCHITECTURES=80;90a"], "ADAMAX_EXT_CUDA_ARCHITECTURES has 90a"),
     ],
@@ -148,13 +151,69 @@ def test_options_that_cannot_be_met(tmp_path, monkeypatch, options, message):
     assert "CMake Error" in output
 
 
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def pretend_gpus(folder, monkeypatch, *capabilities):
+    """Make a driver's tool that finds GPUs of these compute capabilities."""
+    script(folder / "nvidia-smi", "\n".join(f"echo {c}" for c in capabilities))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
 @pytest.fixture
 def pretended_gpus(tmp_path, monkeypatch):
-    """A driver's tool that finds two GPUs of compute capability 9.0."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 9.0\necho 9.0\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    pretend_gpus(tmp_path, monkeypatch, "9.0", "9.0")
+
+
+def output_with_nvcc(folder, version, *options):
+    """Configure with a compiler that says its version, and can do no more."""
+    text = f"echo 'Cuda compilation tools, release {version}, V{version}.99'"
+    nvcc = script(folder / "nvcc", text)
+    return output_of_configuring(folder, f"-DCMAKE_CUDA_COMPILER={nvcc}", *options)
+
+
+ON, NAMED = "-DADAMAX_EXT_CUDA=ON", "-DADAMAX_EXT_CUDA_ARCHITECTURES"
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "architectures"),
+    [
+        ("12.1", [ON], "75 80 86 89 90"),
+        ("12.7", [ON], "75 80 86 89 90"),
+        ("12.8", [ON], "75 80 86 89 90 100 120"),
+        ("13.0", [ON], "75 80 86 89 90 100 120"),
+        ("12.1", [ON, f"{NAMED}=80;90"], "80 90"),
+        ("12.8", [ON, f"{NAMED}=80;100"], "80 100"),
+    ],
+)
+def test_what_a_version_of_nvcc_builds(tmp_path, version, options, architectures):
+    output = output_with_nvcc(tmp_path, version, *options)
+    assert f"CUDA architectures: {architectures}\n" in output
+    is_cut = "in place of 100;120: found nvcc 12." in output
+    assert is_cut == (options == [ON] and version < "12.8")
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures", "needed"),
+    [("12.0", "90", "12.1"), ("12.7", "90;100", "12.8"), ("12.4", "120", "12.8")],
+)
+def test_architectures_that_a_version_of_nvcc_lacks(tmp_path, version, architectures, needed):
+    output = " ".join(output_with_nvcc(tmp_path, version, ON, f"{NAMED}={architectures}").split())
+    assert f"found nvcc {version} (0: none on PATH or in CUDACXX); expected CUDA {needed}" in output
+    assert f"for CUDA architectures {architectures}, or ADAMAX_EXT_CUDA=OFF" in output
+    assert "CUDA architectures:" not in output
+
+
+def test_auto_builds_what_nvcc_can(tmp_path, monkeypatch):
+    pretend_gpus(tmp_path, monkeypatch, "8.6", "12.0")
+    assert "CUDA architectures: 86 90\n" in output_with_nvcc(tmp_path, "12.4")
+    assert "CUDA architectures: 86 120\n" in output_with_nvcc(tmp_path, "12.9")
+    output = output_with_nvcc(tmp_path, "12.0")
+    assert "CUDA architectures: \n" in output
+    assert "built without CUDA kernels: found nvcc 12.0" in " ".join(output.split())
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

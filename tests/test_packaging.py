@@ -5,6 +5,7 @@ import doctest
 import importlib.metadata
 import importlib.resources
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,47 @@ def test_examples(module):
     failed, attempted = doctest.testmod(module)
     assert failed == 0
     assert attempted > 0 or module not in (optimizer, functional)
+
+
+# ---- The build -----------------------------------------------------------------------------------
+
+TABLE = "typedef struct {} DLPackExchangeAPI;"
+
+
+def found_dlpack(folder, **headers):
+    """Return what a build finds where these packages have such a dlpack.h, or none."""
+    for package in ("tvm_ffi", "torch"):
+        header = folder / package / "include" / ("dlpack" if package == "tvm_ffi" else "ATen")
+        header.mkdir(parents=True)
+        (folder / package / "__init__.py").write_text("raise ImportError('not to be imported')")
+        if package in headers:
+            (header / "dlpack.h").write_text(headers[package])
+    command = [sys.executable, REPOSITORY / "cmake/find_dlpack.py"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"tvm_ffi": TABLE, "torch": TABLE}, "tvm_ffi/include/dlpack/dlpack.h"),
+        ({"torch": TABLE}, "torch/include/ATen/dlpack.h"),
+        ({"tvm_ffi": "before 1.2", "torch": TABLE}, "torch/include/ATen/dlpack.h"),
+    ],
+)
+def test_dlpack_header_of_an_installed_package(tmp_path, headers, expected):
+    result = found_dlpack(tmp_path, **headers)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{tmp_path / expected}\n"
+
+
+def test_no_dlpack_header(tmp_path):
+    result = found_dlpack(tmp_path, torch="of torch 2.9")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    for part in ("tvm_ffi/include/dlpack/dlpack.h is missing", "torch/include/ATen/dlpack.h is"):
+        assert part in result.stderr
+    assert "expected one of: pip install 'apache-tvm-ffi>=0.1.2', or torch 2.10" in result.stderr
 
 
 # ---- The C++ library -----------------------------------------------------------------------------

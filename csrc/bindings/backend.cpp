@@ -1,7 +1,9 @@
-// Where a call runs: the backend of a device, its scratch memory, and the streams of a call.
+// Where a call runs: the backend of a device, its workspace, and the streams of a call.
 #include "bindings/backend.hpp"
 
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -36,6 +38,44 @@ auto with_label(const Label& label, const Ask& ask) {
   }
 }
 
+// A runner of earlier calls, or a new one; given back for later ones, of any thread.
+class Borrowed {
+ public:
+  explicit Borrowed(int device) {
+    {
+      const std::lock_guard lock(mutex());
+      const auto found = std::find_if(spare().begin(), spare().end(), [&](const auto& runner) {
+        return runner->device() == device;
+      });
+      if (found != spare().end()) {
+        runner_ = std::move(*found);
+        spare().erase(found);
+      }
+    }
+    if (runner_ == nullptr) runner_ = std::make_unique<Runner>(device);
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  ~Borrowed() {
+    const std::lock_guard lock(mutex());
+    spare().push_back(std::move(runner_));
+  }
+  Runner* operator->() { return runner_.get(); }
+
+ private:
+  // Never destroyed: at the end of a process the CUDA runtime may be gone already.
+  static std::vector<std::unique_ptr<Runner>>& spare() {
+    static auto* const runners = new std::vector<std::unique_ptr<Runner>>();
+    return *runners;
+  }
+  static std::mutex& mutex() {
+    static auto* const mutex = new std::mutex();
+    return *mutex;
+  }
+
+  std::unique_ptr<Runner> runner_;
+};
+
 }  // namespace
 
 const Backend& backend_of(int device) { return device == kHost ? cpu::backend() : cuda_backend(); }
@@ -44,36 +84,56 @@ void place_on_device(Buffer& buffer, const Label& label, int device, std::uintpt
   with_label(label, [device] { backend_of(device).require_usable(device); });
   buffer.device = device;
   buffer.stream = stream == 0 ? cuda::kLegacyDefaultStream : stream;
+  buffer.has_unknown_streams = false;
 }
 
 int cuda_device_of(const void* memory, const Label& label) {
   return with_label(label, [memory] { return cuda_backend().device_of(memory); });
 }
 
+void Runner::allocate(const Backend& backend, std::size_t bytes) {
+  if (bytes <= workspace_.bytes) return;
+  backend.deallocate(device_, std::exchange(workspace_, {}));
+  workspace_ = backend.allocate(device_, bytes);
+}
+
+void Runner::prepare(const Program& largest, const Streams& streams) {
+  const Backend& backend = backend_of(device_);
+  Queue queue = streams.queue(device_);
+  queue.after_all = true;
+  const py::gil_scoped_release release;
+  backend.synchronize(queue);
+  allocate(backend, backend.scratch_bytes(largest));
+}
+
 Outcome Runner::run(const Program& program, const Streams& streams, const Leases& leases) {
   const Backend& backend = backend_of(device_);
   const Queue queue = streams.queue(device_);
-  const std::size_t bytes = backend.scratch_bytes(program);
-  // On another stream than before, the old memory can still be in use.
-  if (bytes > capacity_ || (queue.stream != stream_ && scratch_ != nullptr)) {
-    backend.deallocate(device_, std::exchange(scratch_, nullptr));
-    capacity_ = 0;
-    scratch_ = backend.allocate(device_, bytes);
-    capacity_ = bytes;
-  }
-  stream_ = queue.stream;
   const py::gil_scoped_release release;
-  const auto finish_leases = [&] {
-    if (leases.needs_synchronization) backend.synchronize(queue);
-  };
   try {
-    const Outcome outcome = backend.run(queue, scratch_, program);
-    finish_leases();
+    const std::size_t bytes = backend.scratch_bytes(program);
+    if (bytes > workspace_.bytes) {  // rare
+      backend.synchronize(queue);    // refuses a capture, which an allocation would break
+      allocate(backend, bytes);
+    }
+    const Outcome outcome = backend.run(queue, workspace_, program);
+    // What later uses the memory on a stream that nobody named would not wait for this work.
+    if (leases.needs_synchronization || queue.after_all) {
+      backend.synchronize({device_, queue.stream});
+    }
     return outcome;
   } catch (...) {
-    finish_leases();  // some of it can be queued already
+    try {  // some of it can be queued already
+      backend.synchronize(queue);
+    } catch (const std::runtime_error&) {
+    }
     throw;
   }
+}
+
+Outcome run_once(int device, const Program& program, const Streams& streams, const Leases& leases) {
+  if (device == kHost) return Runner(device).run(program, streams, leases);
+  return Borrowed(device)->run(program, streams, leases);
 }
 
 }  // namespace adamax::bindings

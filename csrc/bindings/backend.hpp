@@ -1,4 +1,4 @@
-// Where a call runs: the backend of a device, its scratch memory, and the streams of a call.
+// Where a call runs: the backend of a device, its workspace, and the streams of a call.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace adamax::bindings {
 // build has none.
 const Backend& backend_of(int device);
 
-// Says where a buffer lies. Throws RuntimeError, with the versions that are there, if no kernel
-// runs on the device.
+// Says where a buffer lies, and on which stream it is in use. Throws RuntimeError, with the
+// versions that are there, if no kernel runs on the device.
 void place_on_device(Buffer& buffer, const Label& label, int device, std::uintptr_t stream);
 // The device on which an address lies; throws RuntimeError if it is on none.
 int cuda_device_of(const void* memory, const Label& label);
@@ -25,38 +25,46 @@ int cuda_device_of(const void* memory, const Label& label);
 class Streams {
  public:
   void add(const Buffer& buffer) {
-    if (buffer.device != kHost &&
-        std::find(all_.begin(), all_.end(), buffer.stream) == all_.end()) {
+    if (buffer.device == kHost) return;
+    if (std::find(all_.begin(), all_.end(), buffer.stream) == all_.end()) {
       all_.push_back(buffer.stream);
     }
+    after_all_ = after_all_ || buffer.has_unknown_streams;
   }
   Queue queue(int device) const {
     if (device == kHost) return {};
-    return {device, all_.at(0), std::span(all_).subspan(1)};
+    return {device, all_.at(0), std::span(all_).subspan(1), after_all_};
   }
 
  private:
   std::vector<std::uintptr_t> all_;
+  bool after_all_ = false;
 };
 
-// Runs programs on one device, with scratch memory that is kept from run to run.
+// Runs programs on one device, with a workspace that is kept from run to run. All without the GIL.
 class Runner {
  public:
   explicit Runner(int device) : device_(device) {}
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
-  ~Runner() { backend_of(device_).deallocate(device_, scratch_); }
+  ~Runner() { backend_of(device_).deallocate(device_, workspace_); }
 
-  // Without the GIL. What `leases` hold must be all that the program uses.
+  // Waits for all work on the device, and allocates what programs need that are like this one, or
+  // part of it.
+  void prepare(const Program& largest, const Streams& streams);
+  // What `leases` hold must be all that the program uses.
   Outcome run(const Program& program, const Streams& streams, const Leases& leases);
 
   int device() const { return device_; }
 
  private:
+  void allocate(const Backend& backend, std::size_t bytes);
+
   int device_;
-  void* scratch_ = nullptr;
-  std::size_t capacity_ = 0;   // bytes
-  std::uintptr_t stream_ = 0;  // of the last run
+  Workspace workspace_;
 };
+
+// Runs a program of no optimizer, likewise; on a device with a workspace of an earlier such call.
+Outcome run_once(int device, const Program& program, const Streams& streams, const Leases& leases);
 
 }  // namespace adamax::bindings

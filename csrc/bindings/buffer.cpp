@@ -155,7 +155,8 @@ void import_memory(const TypeInfo& info, py::handle object, const Label& label, 
       return import_dlpack(object, label, access, leases, buffer);
     case Protocol::kCudaArrayInterface:
       place_on_device(buffer, label, 0, 0);  // before the library does any work
-      return import_cuda_array(object.attr("__cuda_array_interface__"), label, access, buffer);
+      return import_cuda_array(py::object(object.attr("__cuda_array_interface__")), label, access,
+                               buffer);
     case Protocol::kBufferProtocol:
       return import_view(object, label, access, leases, buffer);
     case Protocol::kNone:

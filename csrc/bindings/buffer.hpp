@@ -19,7 +19,8 @@ struct Buffer {
   DType dtype;
   std::int64_t size;  // elements
   int device = kHost;
-  std::uintptr_t stream = 0;  // on which it is in use, on a device
+  std::uintptr_t stream = 0;         // on which it is in use, on a device
+  bool has_unknown_streams = false;  // and perhaps on others
   Layout layout;
 
   std::size_t bytes() const { return size * itemsize(dtype); }

@@ -47,7 +47,7 @@ void update(const py::object& param, const py::object& grad, const py::object& m
   variable.storage = {w.dtype, buffer.dtype, compute_dtype(w.dtype)};
 
   const Program program = make_program({&variable, 1}, {&group, 1}, Call{.grad_scale = grad_scale});
-  Runner(w.device).run(program, streams, leases);
+  run_once(w.device, program, streams, leases);
   note_written(objects);
 }
 
@@ -65,7 +65,7 @@ double norm_of_buffers(const py::tuple& buffers) {
     streams.add(buffer);
     imported.push_back({buffer.dtype, buffer.size, buffer.data});
   }
-  return Runner(first.device).run(make_norm_program(imported), streams, leases).norm;
+  return run_once(first.device, make_norm_program(imported), streams, leases).norm;
 }
 
 void copy(const py::object& to, const py::object& from) {

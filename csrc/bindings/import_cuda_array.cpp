@@ -18,6 +18,13 @@ DType dtype_of_typestr(const std::string& typestr, const Label& label) {
   throw_dtype(label, "'" + typestr + "' (an array interface's typestr)");
 }
 
+// From version 3 on an interface has an entry for a stream.
+bool knows_streams(const py::dict& interface) {
+  if (!interface.contains("version")) return false;
+  const py::object version = interface["version"];
+  return py::isinstance<py::int_>(version) && version >= py::int_(3);
+}
+
 void read_interface(const py::dict& interface, const Label& label, Access access, Buffer& buffer) {
   const auto item = [&](const char* key) {
     return interface.contains(key) ? py::object(interface[key]) : py::object(py::none());
@@ -39,22 +46,28 @@ void read_interface(const py::dict& interface, const Label& label, Access access
   if (address == 0 && buffer.size > 0) {
     throw py::buffer_error(label.text() + " has no memory: it was freed or never allocated");
   }
-  // Without a stream in it the interface promises that the memory may be used at once.
-  const py::object stream = item("stream");
   place_on_device(buffer, label, cuda_device_of(buffer.data, label),
-                  stream.is_none() ? 0 : py::cast<std::uintptr_t>(stream));
+                  tells_stream(interface) ? py::cast<std::uintptr_t>(interface["stream"]) : 0);
+  // A stream of None is a promise that nothing is pending. No entry, or a version that knows none,
+  // is no promise: so torch and JAX say nothing of the streams that they work on.
+  buffer.has_unknown_streams = !(knows_streams(interface) && interface.contains("stream"));
 }
 
 }  // namespace
 
-void import_cuda_array(const py::dict& interface, const Label& label, Access access,
-                       Buffer& buffer) {
+bool tells_stream(py::handle interface) {
+  if (!py::isinstance<py::dict>(interface)) return false;
+  const auto dict = py::reinterpret_borrow<py::dict>(interface);
+  return knows_streams(dict) && dict.contains("stream") && !dict["stream"].is_none();
+}
+
+void import_cuda_array(py::handle interface, const Label& label, Access access, Buffer& buffer) {
   const auto refuse = [&](const char* why) {
     throw py::buffer_error(label.text() + " has a __cuda_array_interface__ that is malformed (" +
                            why + "); expected version 3 of NVIDIA's");
   };
   try {
-    read_interface(interface, label, access, buffer);
+    read_interface(py::cast<py::dict>(interface), label, access, buffer);
   } catch (const py::cast_error& error) {
     refuse(error.what());
   } catch (const std::out_of_range& error) {

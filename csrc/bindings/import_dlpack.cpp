@@ -123,9 +123,9 @@ void import_dlpack(py::handle object, const Label& label, Access access, Leases&
   const bool on_host = is_host(place);
   if (!on_host) {
     place_on_device(buffer, label, place.device_id, 0);  // before the library does any work
-    // CUDA's own interface tells the stream that the library works on, as DLPack does not.
+    // Where CUDA's own interface tells the stream that the library works on, nobody has to wait.
     const py::object interface = py::getattr(object, "__cuda_array_interface__", py::none());
-    if (!interface.is_none()) return import_cuda_array(interface, label, access, buffer);
+    if (tells_stream(interface)) return import_cuda_array(interface, label, access, buffer);
     leases.needs_synchronization = true;
   }
   const py::object capsule = exported(object, label, [&] { return call_dlpack(object, on_host); });

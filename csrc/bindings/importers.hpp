@@ -22,9 +22,10 @@ void import_by_table(py::handle object, const Label& label, const DLPackExchange
 // By the methods __dlpack_device__ and __dlpack__.
 void import_dlpack(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer);
+// Whether a __cuda_array_interface__ tells the stream on which the memory is in use.
+bool tells_stream(py::handle interface);
 // By __cuda_array_interface__.
-void import_cuda_array(const py::dict& interface, const Label& label, Access access,
-                       Buffer& buffer);
+void import_cuda_array(py::handle interface, const Label& label, Access access, Buffer& buffer);
 // By the buffer protocol.
 void import_view(py::handle object, const Label& label, Access access, Leases& leases,
                  Buffer& buffer);

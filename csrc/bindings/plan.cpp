@@ -33,6 +33,7 @@ class Busy {
 Plan::Plan(const py::tuple& params, std::vector<std::string> names,
            const std::vector<std::uint32_t>& groups, const StateArrays& state) {
   Leases leases;
+  Streams streams;
   entries_.resize(params.size());
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
@@ -42,6 +43,7 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
     import_buffer(entry.param, label("variables", i), Access::kWrite, leases, param);
     require_dense(param, label("variables", i));
     require_same_device(param, label("variables", i), entries_[0].buffer, label("variables", 0));
+    streams.add(param);
     index_by_identity_.emplace(entry.param.ptr(), i);
     has_versions_ = has_versions_ || has_version(entry.param);
 
@@ -58,6 +60,20 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
   }
   find_written_memory();
   runner_.emplace(entries_.empty() ? kHost : entries_[0].buffer.device);
+  // The state may still be filled, on another stream than that of the first step.
+  runner_->prepare(largest_program(), streams);
+}
+
+// One that needs as much memory while it runs as any call.
+Program Plan::largest_program() const {
+  std::vector<Variable> variables;
+  std::vector<Group> groups(1);
+  for (const Entry& entry : entries_) {
+    variables.push_back(entry.variable);
+    variables.back().memory.grad = entry.variable.memory.param;
+    groups.resize(std::max<std::size_t>(groups.size(), entry.variable.group + 1));
+  }
+  return make_program(variables, groups, {.clip = {ClipRule::kNorm, 1.0}, .require_finite = true});
 }
 
 std::vector<bool> Plan::accumulated() {

@@ -63,6 +63,7 @@ class Plan {
   void refresh(Leases& leases, Streams& streams);
   void refresh_state(std::size_t i, Leases& leases);
   void find_written_memory();
+  Program largest_program() const;
   // The variable that is this object; `position` is where it mostly is.
   std::optional<std::size_t> find_object(py::handle variable, std::size_t position) const;
   // The variable whose memory another object stands for, such as a view. `taken` has an entry a

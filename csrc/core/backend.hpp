@@ -18,6 +18,16 @@ struct Queue {
   int device = kHost;
   std::uintptr_t stream = 0;
   std::span<const std::uintptr_t> others = {};
+  bool after_all = false;  // first the host waits for all streams: nobody knows the right ones
+};
+
+// Memory for what programs keep while they run, one after another. On a device they may be queued
+// on different streams: `last_use`, which is the backend's, lets each wait for the one before. It
+// is null where the caller sees to that.
+struct Workspace {
+  void* memory = nullptr;
+  std::size_t bytes = 0;
+  void* last_use = nullptr;
 };
 
 // Everything that fails on a device throws std::runtime_error.
@@ -26,13 +36,14 @@ struct Backend {
   void (*require_usable)(int device);
   // The device on which memory lies.
   int (*device_of)(const void* memory);
-  // Memory for what programs keep while they run, which belongs to the caller; scratch_bytes() says
-  // how much. To deallocate waits for the work that uses it.
-  void* (*allocate)(int device, std::size_t bytes);
-  void (*deallocate)(int device, void* memory);
+  // A workspace belongs to the caller; scratch_bytes() says what a program needs, which is no more
+  // than another one needs that has its rows and groups, and more. To deallocate waits for the work
+  // that uses it.
+  Workspace (*allocate)(int device, std::size_t bytes);
+  void (*deallocate)(int device, const Workspace&);
   std::size_t (*scratch_bytes)(const Program&);
   // On a device it is queued, and waits only for an outcome that was asked for.
-  Outcome (*run)(const Queue&, void* scratch, const Program&);
+  Outcome (*run)(const Queue&, const Workspace&, const Program&);
   // Copies between host and device memory, in stream order; waits for the end.
   void (*copy)(const Queue&, void* to, const void* from, std::size_t bytes);
   // Waits for what is queued.

@@ -58,10 +58,10 @@ std::int64_t head_of(const Row& row, const Piece& piece) {
   return static_cast<std::int64_t>(-first % kCacheLine / size);
 }
 
-Outcome run(const Queue&, void* scratch, const Program& program) {
+Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
   const KernelTable& table = active_table();
   const Work work(program.rows);
-  Sums sums(program, scratch);
+  Sums sums(program, workspace.memory);
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
   const int threads = threads_for(bytes);
@@ -107,10 +107,9 @@ Outcome run(const Queue&, void* scratch, const Program& program) {
 
 Outcome run_with_own_scratch(const Program& program) {
   std::unique_ptr<double[]> scratch;
-  if (const std::size_t bytes = Sums::scratch_bytes(program)) {
-    scratch = std::make_unique_for_overwrite<double[]>(bytes / sizeof(double));
-  }
-  return run({}, scratch.get(), program);
+  const std::size_t bytes = Sums::scratch_bytes(program);
+  if (bytes > 0) scratch = std::make_unique_for_overwrite<double[]>(bytes / sizeof(double));
+  return run({}, {scratch.get(), bytes}, program);
 }
 
 }  // namespace
@@ -119,8 +118,8 @@ const Backend& backend() {
   static constexpr Backend kBackend = {
       .require_usable = [](int) {},
       .device_of = [](const void*) { return kHost; },
-      .allocate = [](int, std::size_t bytes) { return ::operator new(bytes); },
-      .deallocate = [](int, void* memory) { ::operator delete(memory); },
+      .allocate = [](int, std::size_t bytes) { return Workspace{::operator new(bytes), bytes}; },
+      .deallocate = [](int, const Workspace& workspace) { ::operator delete(workspace.memory); },
       .scratch_bytes = Sums::scratch_bytes,
       .run = run,
       .copy = [](const Queue&, void* to, const void* from,

@@ -4,11 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/backend.hpp"
@@ -45,19 +46,37 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// Where the host finds whether gradients were finite: pinned, so that a copy to it is queued, and a
-// thread's own, because a thread waits for it before its next call.
-int* host_flag() {
-  struct Free {
-    void operator()(int* flag) const { cudaFreeHost(flag); }
-  };
-  thread_local std::unique_ptr<int, Free> flag;
-  if (flag == nullptr) {
-    int* memory = nullptr;
-    check(cudaHostAlloc(&memory, sizeof(int), cudaHostAllocPortable), "allocate a flag");
-    flag.reset(memory);
+// Where the host finds whether gradients were finite: pinned, so that a copy to it is queued. A
+// call has one to itself until it was read; then it waits for the next call, of any thread.
+class HostFlags {
+ public:
+  int* take() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!spare_.empty()) {
+        int* const flag = spare_.back();
+        spare_.pop_back();
+        return flag;
+      }
+    }
+    int* flag = nullptr;
+    check(cudaHostAlloc(&flag, sizeof(int), cudaHostAllocPortable), "allocate a flag");
+    return flag;
   }
-  return flag.get();
+  void give(int* flag) {
+    const std::lock_guard lock(mutex_);
+    spare_.push_back(flag);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<int*> spare_;
+};
+
+// Never destroyed: at the end of a process the runtime may be gone already.
+HostFlags& host_flags() {
+  static auto* const flags = new HostFlags();
+  return *flags;
 }
 
 class Event {
@@ -65,13 +84,16 @@ class Event {
   Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "make an event"); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
-  ~Event() { cudaEventDestroy(event_); }  // after what waits for it
+  ~Event() {
+    if (event_ != nullptr) cudaEventDestroy(event_);  // after what waits for it
+  }
 
   void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "record an event"); }
   void hold_up(cudaStream_t stream) {
     check(cudaStreamWaitEvent(stream, event_, 0), "wait for an event");
   }
   void wait() { check(cudaEventSynchronize(event_), "wait for the gradients"); }
+  cudaEvent_t release() { return std::exchange(event_, nullptr); }
 
  private:
   cudaEvent_t event_;
@@ -104,6 +126,7 @@ class Device {
     for (const std::uintptr_t other : others_) {
       require_no_capture(reinterpret_cast<cudaStream_t>(other));
     }
+    if (queue.after_all) check(cudaDeviceSynchronize(), "finish what other streams have queued");
     for (const std::uintptr_t other : others_) {
       Event event;
       event.record(reinterpret_cast<cudaStream_t>(other));
@@ -117,6 +140,15 @@ class Device {
     Event event;
     event.record(stream_);
     for (const std::uintptr_t other : others_) event.hold_up(reinterpret_cast<cudaStream_t>(other));
+  }
+
+  // A workspace's last use, as allocate() made it: an event, recorded here after each.
+  void wait_for(void* last_use) {
+    check(cudaStreamWaitEvent(stream_, static_cast<cudaEvent_t>(last_use), 0),
+          "wait for the scratch memory");
+  }
+  void note(void* last_use) {
+    check(cudaEventRecord(static_cast<cudaEvent_t>(last_use), stream_), "record an event");
   }
 
   template <class Kernel>
@@ -139,14 +171,17 @@ class Device {
   }
   void clear(int* flag) { check(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "clear a flag"); }
   void request(const int* flag) {
-    check(cudaMemcpyAsync(host_flag(), flag, sizeof(int), cudaMemcpyDeviceToHost, stream_),
+    host_flag_ = host_flags().take();
+    check(cudaMemcpyAsync(host_flag_, flag, sizeof(int), cudaMemcpyDeviceToHost, stream_),
           "copy a flag");
     flag_is_there_.emplace().record(stream_);
   }
   // Waits for the reductions alone: the update behind them is under way meanwhile.
   int awaited_flag() {
     flag_is_there_->wait();
-    return *host_flag();
+    const int flag = *host_flag_;
+    host_flags().give(host_flag_);  // only now: a copy that nobody waited for may still come
+    return flag;
   }
 
   void copy(void* to, const void* from, std::size_t bytes) {
@@ -198,19 +233,24 @@ class Device {
     return attributes.device;
   }
 
-  static void* allocate(int device, std::size_t bytes) {
+  // With all that programs in it need, so that they allocate nothing.
+  static Workspace allocate(int device, std::size_t bytes) {
     const CurrentDevice current(device);
+    host_flags().give(host_flags().take());
+    Event last_use;
     void* memory = nullptr;
     check(cudaMalloc(&memory, bytes), "allocate scratch memory");
-    return memory;
+    return {memory, bytes, last_use.release()};
   }
-  // cudaFree waits for kernels that still use the memory. Errors have nobody to go to: at the end
-  // of a process the runtime may be gone already.
-  static void deallocate(int device, void* memory) {
-    if (memory == nullptr) return;
+  // Errors have nobody to go to: at the end of a process the runtime may be gone already.
+  static void deallocate(int device, const Workspace& workspace) {
+    if (workspace.memory == nullptr) return;
     try {
       const CurrentDevice current(device);
-      cudaFree(memory);
+      const auto last_use = static_cast<cudaEvent_t>(workspace.last_use);
+      cudaEventSynchronize(last_use);
+      cudaEventDestroy(last_use);
+      cudaFree(workspace.memory);
     } catch (const std::runtime_error&) {
     }
   }
@@ -229,6 +269,7 @@ class Device {
   const CurrentDevice current_;
   const cudaStream_t stream_;
   const std::span<const std::uintptr_t> others_;
+  int* host_flag_ = nullptr;
   std::optional<Event> flag_is_there_;
 };
 

@@ -20,10 +20,14 @@ namespace adamax::cuda {
 template <class Device>
 class Run {
  public:
-  Run(Device& device, const Program& program, void* memory)
-      : device_(device), program_(program), scratch_(program, memory) {}
+  Run(Device& device, const Program& program, const Workspace& workspace)
+      : device_(device),
+        program_(program),
+        scratch_(program, workspace.memory),
+        last_use_(scratch_.bytes > 0 ? workspace.last_use : nullptr) {}
 
   Outcome outcome() {
+    if (last_use_ != nullptr) device_.wait_for(last_use_);
     set_groups(float_groups_, scratch_.float_groups);
     set_groups(double_groups_, scratch_.double_groups);
     if (scratch_.num_sums > 0) sum();
@@ -34,6 +38,8 @@ class Run {
     [this]<int... k>(std::integer_sequence<int, k...>) {
       (launch_others<static_cast<DType>(k)>(), ...);
     }(std::make_integer_sequence<int, kNumDTypes>{});
+    // At once, while the stream exists: its owner may destroy it before the next program comes.
+    if (last_use_ != nullptr) device_.note(last_use_);
     Outcome outcome;
     if (scratch_.not_finite != nullptr) outcome.is_finite = device_.awaited_flag() == 0;
     if (program_.wants_norm) outcome.norm = norm();
@@ -197,6 +203,7 @@ class Run {
   Device& device_;
   const Program& program_;
   const Scratch scratch_;
+  void* const last_use_;  // null also where no scratch memory is used
   Groups<scalar::F32> float_groups_{};
   Groups<scalar::F64> double_groups_{};
   std::vector<UpdateRow> updates_[kNumStorages][2][2];  // by average, accumulator
@@ -213,10 +220,10 @@ Backend make_backend() {
       .deallocate = Device::deallocate,
       .scratch_bytes = [](const Program& program) { return Scratch(program).bytes; },
       .run =
-          [](const Queue& queue, void* scratch, const Program& program) {
+          [](const Queue& queue, const Workspace& workspace, const Program& program) {
             const FloatingPointMode ieee;  // scalars are rounded here
             Device device(queue);
-            const Outcome outcome = Run<Device>(device, program, scratch).outcome();
+            const Outcome outcome = Run<Device>(device, program, workspace).outcome();
             device.finish();
             return outcome;
           },

@@ -14,10 +14,11 @@ bool step(const Stream& stream, void* scratch, std::span<const Variable> variabl
           std::span<const Group> groups, const Call& call) {
   const Program program = make_program(variables, groups, call);
   backend().require_usable(stream.device);
-  if (scratch == nullptr && backend().scratch_bytes(program) > 0) {
+  const std::size_t bytes = backend().scratch_bytes(program);
+  if (scratch == nullptr && bytes > 0) {
     throw std::invalid_argument("scratch must have the bytes of scratch_bytes(); received null");
   }
-  return backend().run({stream.device, stream.handle}, scratch, program).is_finite;
+  return backend().run({stream.device, stream.handle}, {scratch, bytes}, program).is_finite;
 }
 
 }  // namespace adamax::cuda

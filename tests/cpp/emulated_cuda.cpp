@@ -1,9 +1,13 @@
 // An emulated CUDA device: the kernels run thread by thread on the host, and a log tells what a GPU
 // would have been asked. Linked with csrc/cuda/module.cpp it is a module _cuda for tests.
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/backend.hpp"
 #include "cuda/run.hpp"
@@ -13,22 +17,45 @@ namespace adamax::cuda {
 namespace {
 
 std::string the_log;
-bool is_capturing = false;
+std::set<std::uintptr_t> capturing;  // streams
+std::vector<void (*)()> pending;     // what the device has still to do, on any stream
 std::uintptr_t device_1_begin = 0, device_1_end = 0;
 std::uint32_t first_block = 0;  // of every launch: the ones before are left out
 Found the_machine{13000, 13000, 2, "", 0, 86};
 
-void log(const std::string& line) { the_log += line + "\n"; }
+void log(const std::string& line) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  the_log += line + "\n";
+}
+
+void finish_pending() {
+  for (void (*const work)() : std::exchange(pending, {})) work();
+}
 
 class Device {
  public:
   explicit Device(const Queue& queue) : queue_(queue) {
-    if (is_capturing) throw std::runtime_error(kCaptureRefused);
+    require_no_capture(queue_.stream);
+    for (const std::uintptr_t other : queue_.others) require_no_capture(other);
+    if (queue_.after_all) {
+      log("synchronize device");
+      finish_pending();
+    }
     for (const std::uintptr_t other : queue_.others) log("wait for " + std::to_string(other));
   }
   void finish() {
     for (const std::uintptr_t other : queue_.others) log("hold up " + std::to_string(other));
   }
+
+  // A last use is the stream on which it was.
+  void wait_for(void* last_use) {
+    const std::uintptr_t stream = *static_cast<std::uintptr_t*>(last_use);
+    if (stream != 0 && stream != queue_.stream) {
+      log("wait for the last use on " + std::to_string(stream));
+    }
+  }
+  void note(void* last_use) { *static_cast<std::uintptr_t*>(last_use) = queue_.stream; }
 
   // Blocks and threads in reverse: nothing may depend on their order.
   template <class Kernel>
@@ -73,22 +100,31 @@ class Device {
     return address >= device_1_begin && address < device_1_end ? 1 : 0;
   }
   // As large as was asked for, so that a checker of addresses sees what lies outside.
-  static void* allocate(int, std::size_t bytes) {
+  static Workspace allocate(int, std::size_t bytes) {
     log("allocate");
-    return ::operator new(bytes);
+    return {::operator new(bytes), bytes, new std::uintptr_t(0)};
   }
-  static void deallocate(int, void* memory) { ::operator delete(memory); }
+  static void deallocate(int, const Workspace& workspace) {
+    if (workspace.memory == nullptr) return;
+    log("deallocate");
+    ::operator delete(workspace.memory);
+    delete static_cast<std::uintptr_t*>(workspace.last_use);
+  }
 
  private:
+  static void require_no_capture(std::uintptr_t stream) {
+    if (capturing.contains(stream)) throw std::runtime_error(kCaptureRefused);
+  }
+
   const Queue queue_;
   int host_flag_ = -1;
 };
 
 // What a kernel did not write is NaN.
-Outcome run(const Queue& queue, void* scratch, const Program& program) {
+Outcome run(const Queue& queue, const Workspace& workspace, const Program& program) {
   static const Backend kDevice = make_backend<Device>();
-  if (scratch != nullptr) std::memset(scratch, 0xff, kDevice.scratch_bytes(program));
-  return kDevice.run(queue, scratch, program);
+  if (workspace.memory != nullptr) std::memset(workspace.memory, 0xff, workspace.bytes);
+  return kDevice.run(queue, workspace, program);
 }
 
 }  // namespace
@@ -108,9 +144,17 @@ const Backend& backend() {
 extern "C" {
 [[gnu::visibility("default")]] const char* emulated_log() { return adamax::cuda::the_log.c_str(); }
 [[gnu::visibility("default")]] void emulated_clear_log() { adamax::cuda::the_log.clear(); }
-[[gnu::visibility("default")]] void emulated_capture(int on) {
-  adamax::cuda::is_capturing = on != 0;
+[[gnu::visibility("default")]] void emulated_capture(std::uintptr_t stream, int on) {
+  if (on != 0) {
+    adamax::cuda::capturing.insert(stream);
+  } else {
+    adamax::cuda::capturing.erase(stream);
+  }
 }
+[[gnu::visibility("default")]] void emulated_pending(void (*work)()) {
+  adamax::cuda::pending.push_back(work);
+}
+[[gnu::visibility("default")]] void emulated_finish() { adamax::cuda::finish_pending(); }
 [[gnu::visibility("default")]] void emulated_first_block(std::uint32_t block) {
   adamax::cuda::first_block = block;
 }

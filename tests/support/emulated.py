@@ -3,6 +3,7 @@
 The memory of a device array is that of a NumPy array, `host`. This module is the arrays' library.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -26,8 +27,11 @@ from support.memory import AXES_AND_DTYPE, DATA, DEVICE, Patched
 SOURCES = ["tests/cpp/emulated_cuda.cpp", "csrc/cuda/module.cpp", "csrc/core/*.cpp"]
 float32, float64 = np.float32, np.float64
 CUDA = 2  # DLPack's type of device
+GONE = object()
 _device_1 = np.zeros(1 << 16, np.uint8)  # all memory of device 1
 _device_1_used = 0
+_WORK = ctypes.CFUNCTYPE(None)
+_queued = []  # kept alive
 
 
 @functools.cache
@@ -84,8 +88,26 @@ def log_of(function):
     return library.emulated_log().decode().splitlines()
 
 
-def set_capture(on):
-    _library().emulated_capture(int(on))
+@contextlib.contextmanager
+def captured(stream):
+    """Let a stream be captured into a CUDA graph."""
+    capture = _library().emulated_capture
+    capture(ctypes.c_size_t(stream), 1)
+    try:
+        yield
+    finally:
+        capture(ctypes.c_size_t(stream), 0)
+
+
+def when_synchronized(work):
+    """Let the device be busy with `work`, on a stream that is not told: wait for all of them."""
+    _queued.append(_WORK(work))
+    _library().emulated_pending(_queued[-1])
+
+
+def finish():
+    """Let the device do what it has to do."""
+    _library().emulated_finish()
 
 
 def set_first_block(block):
@@ -111,6 +133,11 @@ class Device:
         pass
 
 
+def changed(interface, entries):
+    """Return it with other entries; GONE removes one."""
+    return {key: value for key, value in (interface | entries).items() if value is not GONE}
+
+
 class CudaArray:
     """As CuPy's and Numba's arrays: __cuda_array_interface__, with the stream it is in use on."""
 
@@ -123,12 +150,12 @@ class CudaArray:
 
     @property
     def __cuda_array_interface__(self):
-        interface = self.host.__array_interface__
-        return {**interface, "version": 3, "stream": self.stream, **self.changes}
+        interface = {**self.host.__array_interface__, "version": 3, "stream": self.stream}
+        return changed(interface, self.changes)
 
 
 class DLPackArray(Patched):
-    """As a JAX array: DLPack's method alone, which is told a stream."""
+    """DLPack's method alone, which is told a stream on which the memory must be ready."""
 
     def __init__(self, host):
         axes, kind = host.ndim, {"float": 2, "bfloat": 4}[host.dtype.name.rstrip("0123456789")]
@@ -142,7 +169,30 @@ class DLPackArray(Patched):
 
     def __dlpack__(self, *, stream, **_):
         self.streams.append(stream)
+        self.compute()
         return super().__dlpack__()
+
+    def compute(self):
+        """What the library has still to do; nothing by default."""
+
+
+class BothArray(DLPackArray):
+    """DLPack and __cuda_array_interface__, with `entries` about streams."""
+
+    def __init__(self, host, **entries):
+        super().__init__(host)
+        self.entries = entries
+
+    @property
+    def __cuda_array_interface__(self):
+        return changed(self.host.__array_interface__, self.entries)
+
+
+class JaxArray(BothArray):
+    """As a JAX array: both, but the interface is read-only, of version 2, and tells no stream."""
+
+    def __init__(self, host):
+        super().__init__(host, version=2, data=(host.ctypes.data, True))
 
 
 class Tensor(ctypes.Structure):
@@ -219,12 +269,12 @@ TableArray.__dlpack_c_exchange_api__ = _new_capsule(ctypes.addressof(_TABLE), _N
 
 # The library of an array is looked for by the name of its type's outermost package.
 sys.modules["emulated"] = sys.modules[__name__]
-for _type in (CudaArray, DLPackArray, TableArray):
+for _type in (CudaArray, DLPackArray, BothArray, JaxArray, TableArray):
     _type.__module__ = "emulated"
 
 
 def on_cuda(host):
-    """Return the array as a CuPy user has it; bfloat16, which CuPy lacks, as a JAX user."""
+    """Return the array as CuPy has it; bfloat16, which CuPy lacks, by DLPack alone."""
     return DLPackArray(host) if host.dtype.name == "bfloat16" else CudaArray(host)
 
 
