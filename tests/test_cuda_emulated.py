@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer
 from support import emulated, reference
-from support.bits import assert_same_bits, bits, dtype_of, every_pair, spread
+from support.bits import (
+    PAIRS,
+    assert_same_bits,
+    bits,
+    dtype_of,
+    every_pair,
+    is_testable,
+    spread,
+)
 from support.emulated import CudaArray, TableArray, on_cuda
 from support.memory import unaligned
 from support.runs import (
@@ -28,7 +36,9 @@ from support.runs import (
 )
 from support.steps import EMA_MOMENTUM, RULES, SETTINGS, expected_update
 
-SIZES = [*range(1, 71), 255, 257, 1023, 1025, 4095, 4096, 4097, 3 * 4096 + 5]
+# Around the chunks of the kernels: 256 doubles, 512 others; around the columns and blocks of sums.
+EDGES = [255, 256, 257, 511, 512, 513, 1023, 1025, 1029, 4095, 4096, 4097]
+SIZES = [*range(1, 71), *EDGES, 3 * 4096 + 5]
 OFFSETS = [0, 0, 0, 1, 2, 3, 4, 6, 8, 12, 13]  # bytes: whole vectors, elements, and neither
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 2.0**-102, 3e38]
 
@@ -96,12 +106,52 @@ def test_many_steps():
     emulated.run(check_many_steps)
 
 
+def check_chunks(micro_batches):
+    pairs = [(param, grad) for param, grad in PAIRS if is_testable(param, grad)]
+    variables = [
+        (f"{param}/{grad}/{n}", param, grad, (n,), "C") for param, grad in pairs for n in EDGES
+    ]
+    settings = {"global_clipnorm": 0.7, **AVERAGES[1], **micro_batches}
+    skipped = {(call, i) for call in (1, 2) for i in range(call, len(variables), 3)}
+    check_run(settings, variables=variables, skipped=skipped, calls=4, place=on_cuda)
+
+
+@pytest.mark.parametrize("micro_batches", MICRO_BATCHES[:2], ids=str)
+def test_edges_of_chunks(micro_batches):
+    emulated.run(check_chunks, micro_batches)
+
+
+def check_many_variables(count):
+    """More than a table holds, more than the tile of sums that a clip adds at a time."""
+    rng = np.random.default_rng(count)
+    sizes = itertools.islice(itertools.cycle((1, 3, 513, 2, 1100, 7)), count)
+    weights = [spread(rng, n, np.float64) for n in sizes]
+    twins = [w.copy() for w in weights]
+    optimizers = [Adamax(global_clipnorm=0.7), Adamax(global_clipnorm=0.7)]
+    optimizers[0].build([CudaArray(w) for w in weights])
+    optimizers[1].build(twins)
+    grads = [spread(rng, w.size, np.float64) for w in weights]
+    optimizers[0].apply([CudaArray(g) for g in grads])
+    optimizers[1].apply(grads)
+    for i, (device, host) in enumerate(zip(weights, twins, strict=True)):
+        assert_same_bits(device, host, f"weights {i} of {count}")
+
+
+@pytest.mark.parametrize("count", [46, 47, 48, 406, 407, 408, 2047, 2048, 2049, 2 * 2048 + 33])
+def test_many_variables(count):
+    emulated.run(check_many_variables, count)
+
+
 def check_norms():
     rng = np.random.default_rng(5)
     for dtype in ("float32", "float64", "float16", "bfloat16"):
         arrays = [spread(rng, n, dtype_of(dtype)) for n in (1, 16, 4096, 0, 70_001)]
         ours = adamax_ext.global_norm([on_cuda(a) for a in arrays])
         assert ours == reference.global_norm(arrays), dtype
+        for size, offset in itertools.product([*range(1, 34), *EDGES, 768, 1000], (0, 1)):
+            array, _ = unaligned(spread(rng, size, dtype_of(dtype)), offset)
+            ours = adamax_ext.global_norm([on_cuda(array)])
+            assert ours == reference.global_norm([array]), f"{size} of {dtype} at {offset}"
     # Three levels of sums: more than 4096 blocks of 4096.
     large = np.ones(4096 * 4096 + 5000, np.float32)
     large[::7] = 0.3
@@ -118,7 +168,7 @@ def test_norms():
 
 
 def check_index_arithmetic(size):
-    """A variable beyond 2^31 elements, of which the last blocks run, and one behind it."""
+    """A variable beyond 2^31 elements, of which the last chunks run, and one behind it."""
     rng = np.random.default_rng(size)
     begin = size // 4096 * 4096 - 2 * 4096
     sizes = [size, 5000]
@@ -133,11 +183,11 @@ def check_index_arithmetic(size):
     optimizers = [Adamax(use_ema=True), Adamax(use_ema=True)]
     optimizers[0].build([SparseArray(v) for v in variables])
     optimizers[1].build(twins)
-    emulated.set_first_block(begin // 4096)
+    emulated.set_first_element(begin)
     try:
         optimizers[0].apply([SparseArray(g) for g in grads])
     finally:
-        emulated.set_first_block(0)
+        emulated.set_first_element(0)
     optimizers[1].apply(twin_grads)
     states = [optimizer.state for optimizer in optimizers]
     for i, twin in enumerate(twins):
@@ -191,12 +241,14 @@ def check_loss_scale(dtype, clipping):
         optimizers[-1].build(variables)
     for call in range(12):
         grads = [spread(rng, w.size, dtype) for w in weights]
-        if call in (3, 6, 7):
-            grads[call % 2][call] = np.nan if call == 6 else -np.inf
+        if call in (2, 6, 7):  # first the one that accumulates, then those that update
+            grads[call == 2][call] = np.nan if call == 6 else -np.inf
         if call == 9 and dtype == np.float64:
             grads[0][:] = 1e200  # whose sum of squares overflows, and nothing else
-        if call in (4, 5, 10):  # in one micro-batch of the window, or in another
-            grads[call % 2] = None
+        if call in (4, 10):  # in one micro-batch of the window
+            grads[0] = None
+        if call in (5, 6, 7, 8):  # in all of a window: its average alone is due
+            grads[1] = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizers[0].apply([None if g is None else CudaArray(g) for g in grads])

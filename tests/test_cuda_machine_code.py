@@ -1,22 +1,21 @@
-"""Machine code of the CUDA kernels: IEEE arithmetic, 128-bit accesses, nothing in local memory."""
+"""Machine code of the CUDA kernels: IEEE arithmetic, whole packets, loads that wait together."""
 
 import collections
-import importlib.util
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from support.building import REPOSITORY, run
+from support.sass import count, disassembled, loads, parsed, stretches, waits
 
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 ARCHITECTURE = "90"
 # What nvcc compiles to fused operations where that is not forbidden, and what rounds once.
 FUSED = re.compile(r"(fma|mad)\.(r[nzmp]\.)?(ftz\.)?f(32|64)")
 INEXACT = re.compile(r"\w+\.approx\S*|div\.full\S*|\w+\.ftz\S*|(atom|red)\.\S+")
-KINDS = ("Update", "Accumulate", "Average", "Sums", "Clip")
+ELEMENT = r"LDG\.E(\.64|\.U16)?(\.CONSTANT)?"  # an element in one piece
+# Storages of which the parameter, or the gradient, has 16 bits; the storage of doubles.
+PARAM_16, GRAD_16, DOUBLE = (4, 5, 6, 7), (1, 2, 4, 6), 3
 
 
 def flags():
@@ -37,6 +36,8 @@ def nvcc(source, target, *options):
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The kernels as PTX and as machine code, and what ptxas reports of them."""
+    if NVCC is None:
+        pytest.skip("needs nvcc")
     folder = tmp_path_factory.mktemp("kernels")
     source = REPOSITORY / "csrc/cuda/device.cu"
     nvcc(source, folder / "device.ptx", "-ptx")
@@ -51,29 +52,17 @@ def kind_of(symbol):
     return re.sub(r".*runINS0_\d+", "", symbol)
 
 
-def disassembled(cubin):
-    """Mnemonics of each function by its name."""
-    tool = shutil.which("cuobjdump")
-    package = importlib.util.find_spec("nvidia")
-    for folder in package.submodule_search_locations if package and not tool else ():
-        tool = next(map(str, Path(folder).rglob("bin/cuobjdump")), tool)
-    if tool is None:
-        pytest.skip("needs cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    path = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}  # it calls nvdisasm
-    command = [tool, "-sass", cubin]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=path).stdout
-    functions = collections.defaultdict(list)
-    for line in output.splitlines():
-        if (match := re.search(r"Function : (\S+)", line)) is not None:
-            code = functions[match[1]]
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
-            code.append(match[1])
-    assert functions, "cuobjdump printed no code"
-    return functions
+@pytest.fixture(scope="session")
+def kernels(compiled):
+    """The instructions of each kernel by its name."""
+    return {
+        kind_of(name): code for name, code in disassembled(compiled[0] / "device.cubin").items()
+    }
 
 
-def count(code, pattern):
-    return sum(re.fullmatch(pattern, mnemonic) is not None for mnemonic in code)
+def numbers_of(kernel):
+    """Template arguments of a kernel: of Update storage, average, accumulator, small table."""
+    return [int(number) for number in re.findall(r"(?:Li|Lb|DTypeE)(\d)", kernel)]
 
 
 def test_ptx_rounds_every_operation(compiled):
@@ -93,25 +82,64 @@ def test_every_kernel_is_there_and_uses_no_local_memory(compiled):
         compiled[1],
     )
     print(f"\nregisters, spilled bytes: kernels for sm_{ARCHITECTURE}")
-    for symbol, stack, stores, loads, registers in sorted(found, key=lambda row: kind_of(row[0])):
-        print(f"{registers:>4} {int(stores) + int(loads):>4}  {kind_of(symbol)}")
-        assert (stack, stores, loads) == ("0", "0", "0"), symbol
-    # 8 pairs x 4 streams, 4 dtypes x 2, 4 dtypes and the later levels of sums; two sizes of tables.
+    for symbol, stack, *spilled, registers in sorted(found, key=lambda row: kind_of(row[0])):
+        print(f"{registers:>4} {sum(map(int, spilled)):>4}  {kind_of(symbol)}")
+        assert (stack, *spilled) == ("0", "0", "0"), symbol
+    # 8 pairs x 4 streams; 4 dtypes; 4 dtypes; 4 dtypes x 2 streams and the later levels of sums.
+    # Two sizes of tables.
     kinds = collections.Counter(re.match(r"[A-Z][a-z]+", kind_of(row[0]))[0] for row in found)
-    assert kinds == {"Update": 64, "Accumulate": 8, "Average": 8, "Sums": 10, "Clip": 1}
+    assert kinds == {"Update": 64, "Accumulate": 8, "Average": 8, "Sums": 18, "Clip": 1}
 
 
-def test_update_moves_whole_vectors(compiled):
-    """Four loads and three stores of 128 bits at least in each; nothing in local memory."""
+def is_double(kernel):
+    return numbers_of(kernel)[0] == (DOUBLE if kernel.startswith("Update") else 1)
+
+
+def streams_of(kernel):
+    """How many packets of 16 bytes and of 8 bytes an elementwise kernel loads, and stores."""
+    numbers = numbers_of(kernel)
+    if kernel.startswith("Update"):
+        storage, *others, _ = numbers
+        narrow = [(storage in PARAM_16) + (storage in GRAD_16), int(storage in PARAM_16)]
+        every = [4 + sum(others), 3 + sum(others)]
+    else:  # Accumulate stores one stream, Average both, where it overwrites
+        narrow = [int(numbers[0] in (2, 3))] * 2
+        narrow[1] *= kernel.startswith("Average")
+        every = [2, 1 + kernel.startswith("Average")]
+    return [(both - half, half) for both, half in zip(every, narrow, strict=True)]
+
+
+def test_elementwise_kernels_move_whole_packets_and_wait_for_all_together(kernels):
+    """Nothing waits for a stream before all are under way: no use, branch, store or barrier."""
     seen = 0
-    for symbol, code in disassembled(compiled[0] / "device.cubin").items():
-        assert count(code, r"(LDL|STL)\b.*") == 0, symbol
-        if kind_of(symbol).startswith("Update"):
-            streams = kind_of(symbol).count("Lb1") - kind_of(symbol).endswith("Lb1EEEEEvT_")
-            assert count(code, r"LDG\.E\.128.*") >= 4 + streams, symbol
-            assert count(code, r"STG\.E\.128.*") >= 3 + streams, symbol
+    for kernel, code in kernels.items():
+        assert count(code, r"(LDL|STL)\b.*") == 0, kernel
+        if re.match("Update|Accumulate|Average", kernel):
+            loaded, stored = streams_of(kernel)
+            packets = [s for s in stretches(code) if loads(s, r"LDG\.E\.128.*")]
+            wide = [[len(loads(s, rf"LDG\.E\.{n}.*")) for n in (128, 64)] for s in packets]
+            assert wide == [[*loaded]], kernel
+            assert not waits(packets[0]), f"{kernel}: {waits(packets[0])}"
+            assert count(code, r"STG\.E\.128.*") == stored[0], kernel
+            # Of doubles the elements have 8 bytes too.
+            if not is_double(kernel):
+                assert count(code, r"STG\.E\.64.*") == stored[1], kernel
             seen += 1
-    assert seen == 64
+    assert seen == 80
+
+
+def test_lanes_of_sums_wait_for_all_their_loads_together(kernels):
+    """A lane has 128 bytes of numbers under way, and at the end of a block half as many."""
+    seen = 0
+    for kernel, code in kernels.items():
+        if kernel.startswith("Sums"):
+            columns = [s for s in stretches(code) if len(loads(s, ELEMENT)) >= 8]
+            whole = 16 if is_double(kernel) else 32
+            assert sorted(len(loads(s, ELEMENT)) for s in columns) == [whole // 2, whole], kernel
+            for column in columns:
+                assert not waits(column, ELEMENT), f"{kernel}: {waits(column, ELEMENT)}"
+            seen += 1
+    assert seen == 18
 
 
 DIVISIONS = """
@@ -134,22 +162,75 @@ def divisions(folder, dtype):
     return each, one - each
 
 
-def test_fused_operations_belong_to_divisions(compiled):
+def test_fused_operations_belong_to_divisions(compiled, kernels):
     """An IEEE division is made of a reciprocal, corrected by fused operations; all are its own."""
-    folder = compiled[0]
-    cost = {dtype: divisions(folder, dtype) for dtype in ("float", "double")}
+    cost = {
+        is_double: divisions(compiled[0], ("float", "double")[is_double]) for is_double in (0, 1)
+    }
     checked = 0
-    for symbol, code in disassembled(folder / "device.cubin").items():
-        kind, fused = kind_of(symbol), count(code, r"[FDH]FMA.*")
-        if kind.startswith("Update"):
-            is_double = kind.startswith("UpdateILi3E")
-            each, shared = cost["double" if is_double else "float"]
-            # A division for each element of a vector, for single elements, and for those by byte.
-            width = 2 if is_double else 4 if kind.startswith("UpdateILi0E") else 8
-            assert fused == each * (width + 2) + shared, symbol
+    for kernel, code in kernels.items():
+        fused = count(code, r"[FDH]FMA.*")
+        if kernel.startswith("Update"):
+            each, shared = cost[is_double(kernel)]
+            # A division for each element of a packet, for single elements, and for those by byte.
+            width = 2 if is_double(kernel) else 4
+            assert fused == each * (width + 2) + shared, kernel
             checked += 1
-        elif not kind.startswith("Clip"):  # its divisions and roots are once a variable
-            assert fused == 0, symbol
-            assert count(code, r"MUFU.*") == 0, symbol
+        elif not kernel.startswith("Clip"):  # its divisions and roots are once a variable
+            assert fused == 0, kernel
+            assert count(code, r"MUFU.*") == 0, kernel
             checked += 1
-    assert checked == 90
+    assert checked == 98
+
+
+# ---- The checks themselves -----------------------------------------------------------------------
+
+LISTING = """
+		Function : kernel
+        /*0000*/                   MOV R9, 0x7 ;                          /* 0x0000000700097802 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @P0  LDG.E.64 R12, desc[UR4][R16.64] ;
+        {between}
+        /*0040*/                   LDG.E.64 R10, desc[UR4][R8.64+0x10] ;
+        /*0050*/                   FADD R4, R4, R10 ;
+        /*0060*/              @!P1 BRA 0x10 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "is_late"),
+    [
+        ("IADD3 R20, R9, R3, RZ ;", False),
+        ("BSSY B0, 0x60 ;", False),
+        ("FADD R20, R9, R4 ;", True),
+        ("FADD R20, R9, -|R7|.reuse ;", True),
+        ("@P2 FADD R20, R9, R12 ;", True),
+        ("MOV R6, 0x1 ;", True),  # it may not be overwritten either
+        ("DADD R20, R20, R12 ;", True),
+        ("F2F.F32.F64 R20, R12 ;", True),
+        ("LDG.E R20, desc[UR4][R6.64] ;", True),
+        ("R2UR UR6, R13 ;", True),
+    ],
+)
+def test_waits_are_found(between, is_late):
+    code = parsed(LISTING.format(between=f"/*0030*/ {between}"))["kernel"]
+    assert len(code) == 7
+    (stretch,) = (s for s in stretches(code) if loads(s))
+    assert [i.address for i in loads(stretch) if i.address != 0x30] == [0x10, 0x40]
+    assert bool(waits(stretch)) == is_late
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "STG.E desc[UR4][R2.64], R9 ;",
+        "BAR.SYNC.DEFER_BLOCKING 0x0 ;",
+        "@P0 BRA 0x60 ;",
+        "BSYNC B0 ;",
+        "CALL.REL.NOINC 0x60 ;",
+        "@P3 BRA 0x40 ;",
+    ],
+)
+def test_loads_are_parted_by_what_ends_a_stretch(between):
+    code = parsed(LISTING.format(between=f"/*0030*/ {between}"))["kernel"]
+    assert [len(loads(s)) for s in stretches(code) if loads(s)] == [1, 1]

@@ -1,110 +1,119 @@
-// How a thread reaches memory: packets of 16 bytes, single elements, or bytes, as it is aligned.
+// How a thread reaches memory: packets of several elements, single elements, or bytes, as it is
+// aligned.
 //
 // The alignment is decided once a chunk and all threads of a block take the same way, so that no
 // branch stands between two loads: they wait for memory together.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/host_device.hpp"
 #include "core/vec_scalar.hpp"
-#include "cuda/tables.hpp"
 
 namespace adamax::cuda {
 
-constexpr int kThreads = 256;  // of a block
-
-struct alignas(16) [[gnu::may_alias]] Packet {
-  std::uint32_t words[4];
+// Elements at an address that is a multiple of `alignment`: so many bytes a GPU moves by one
+// instruction.
+template <class S, int width, int alignment>
+struct [[gnu::packed, gnu::may_alias]] alignas(alignment) Packet {
+  S elements[width];
 };
 
-// Elements of one thread, so that the narrowest stream fills a packet.
-template <class A, class B>
-constexpr int kWidth = sizeof(Packet) / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
-
-// `width` elements, read and written in units that lie at multiples of their size, as a GPU
-// demands. The unit void is an element.
-template <class AnyUnit, int width_>
+// `width` elements, read and written as one packet, or byte by byte.
+template <int width_, bool by_byte = false>
 struct Access {
   static constexpr int width = width_;
   template <class S>
-  using Unit = std::conditional_t<std::is_void_v<AnyUnit>, S, AnyUnit>;
-  template <class S>
-  static constexpr int kUnits = width * sizeof(S) / sizeof(Unit<S>);
+  using PacketOf = Packet<S, width, by_byte ? 1 : width * sizeof(S)>;
 
   template <class V, class S>
   ADAMAX_HOST_DEVICE static void load(const S* p, V (&vectors)[width]) {
-    S elements[width];
-    Unit<S> units[kUnits<S>];
-    for (int i = 0; i < kUnits<S>; ++i) units[i] = reinterpret_cast<const Unit<S>*>(p)[i];
-    __builtin_memcpy(elements, units, sizeof(elements));
-    for (int k = 0; k < width; ++k) vectors[k] = V(scalar::to_compute(elements[k]));
+    const auto packet = *reinterpret_cast<const PacketOf<S>*>(p);
+    for (int k = 0; k < width; ++k) vectors[k] = V(scalar::to_compute(S{packet.elements[k]}));
   }
   template <class V, class S>
   ADAMAX_HOST_DEVICE static void store(const V (&vectors)[width], S* p) {
-    S elements[width];
-    Unit<S> units[kUnits<S>];
-    for (int k = 0; k < width; ++k) scalar::to_storage(vectors[k].v, elements[k]);
-    __builtin_memcpy(units, elements, sizeof(elements));
-    for (int i = 0; i < kUnits<S>; ++i) reinterpret_cast<Unit<S>*>(p)[i] = units[i];
+    PacketOf<S> packet;
+    for (int k = 0; k < width; ++k) {
+      S element;
+      scalar::to_storage(vectors[k].v, element);
+      packet.elements[k] = element;
+    }
+    *reinterpret_cast<PacketOf<S>*>(p) = packet;
   }
 };
-using ByElement = Access<void, 1>;
-using ByByte = Access<unsigned char, 1>;
+using ByElement = Access<1>;
+using ByByte = Access<1, true>;
 
-template <class S>
-ADAMAX_HOST_DEVICE bool is_aligned(const S* p, std::uintptr_t bytes = sizeof(S)) {
-  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+enum class Alignment : std::uint8_t { kPackets, kElements, kBytes };
+
+// Of streams of which a thread takes `width` elements at a time; null stands for none.
+template <int width, class... S>
+ADAMAX_HOST_DEVICE Alignment alignment_of(const S*... streams) {
+  const auto lie_at = [](auto... remainders) { return (remainders | ...) == 0; };
+  const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+  if (lie_at(address(streams) % (width * sizeof(S))...)) return Alignment::kPackets;
+  return lie_at(address(streams) % sizeof(S)...) ? Alignment::kElements : Alignment::kBytes;
 }
 
-// Calls body(access, i) for the elements of a stretch that are a thread's: `width` of them where
-// all of `memory`, in which null stands for nothing, lies in packets; else, and at the end, one by
-// one.
-template <int width, class Body, class... S>
-ADAMAX_HOST_DEVICE void for_each(Stretch stretch, std::uint32_t thread, const Body& body,
-                                 const S*... memory) {
-  const bool in_packets = (is_aligned(memory, sizeof(Packet)) && ...);
-  const std::int64_t rest =
-      in_packets ? stretch.end - (stretch.end - stretch.begin) % width : stretch.begin;
-  for (std::int64_t i = stretch.begin + std::int64_t{thread} * width; i < rest;
-       i += kThreads * width) {
-    body(Access<Packet, width>{}, i);
-  }
-  const auto one_by_one = [&](auto access) {
+// The elements of a row that a chunk stands for.
+struct Stretch {
+  std::int64_t begin;
+  int count;
+};
+
+// Calls body(access, i) for the elements i of a stretch that are a thread's: a packet of `width`,
+// where the alignment allows; else, and at the end of a row, one by one.
+//
+// A stretch has a packet for each thread and no more: stores would stand between the loads of two,
+// and a small array is spread over as many blocks as it can be.
+template <int width, int threads, class Body>
+ADAMAX_HOST_DEVICE void for_each(Stretch stretch, int thread, Alignment alignment,
+                                 const Body& body) {
+  const auto [begin, count] = stretch;
+  const int rest = alignment == Alignment::kPackets ? count - count % width : 0;
+  if (thread * width < rest) body(Access<width>{}, begin + thread * width);
+  const auto one_by_one = [&, begin = begin, count = count](auto access) {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1  // the stores between make it useless
 #endif
-    for (std::int64_t i = rest + thread; i < stretch.end; i += kThreads) body(access, i);
+    // From the last thread on, which has no packet where a row ends.
+    for (int k = rest + threads - 1 - thread; k < count; k += threads) body(access, begin + k);
   };
-  (is_aligned(memory) && ...) ? one_by_one(ByElement{}) : one_by_one(ByByte{});
+  alignment != Alignment::kBytes ? one_by_one(ByElement{}) : one_by_one(ByByte{});
 }
 
-// Calls body(access, i) for every `step`-th element from `begin` on, so many at a time that their
-// loads wait for memory together: `access` loads kColumn of them, or, at the end, one.
-constexpr int kColumn = 16;
-
-template <class One, int step, int count>
+// Every `step`-th element from one on, loaded together: `width` of them, or, at the end of a
+// stretch, those up to the `last`. The others read that one in their place, because a load that may
+// not take place would stand between the others.
+template <class One, int step, int width_, bool is_whole>
 struct Column {
-  static constexpr int width = count;
+  static constexpr int width = width_;
+  int last;
+
+  ADAMAX_HOST_DEVICE bool has(int k) const { return is_whole || k <= last; }
 
   template <class V, class S>
-  ADAMAX_HOST_DEVICE static void load(const S* p, V (&vectors)[count]) {
-    for (int k = 0; k < count; ++k) {
+  ADAMAX_HOST_DEVICE void load(const S* p, V (&vectors)[width]) const {
+    for (int k = 0; k < width; ++k) {
       V element[1];
-      One::load(p + k * step, element);
+      One::load(p + (is_whole || k < last ? k : last) * step, element);
       vectors[k] = element[0];
     }
   }
 };
 
-template <class One, int step, class Body>
-ADAMAX_HOST_DEVICE void for_each_column(std::int64_t begin, std::int64_t end, const Body& body) {
-  std::int64_t i = begin;
-  for (; i + (kColumn - 1) * step < end; i += kColumn * step) {
-    body(Column<One, step, kColumn>{}, i);
+// Calls body(column, i) for the columns of every `step`-th element of a stretch from its `first`
+// on. Those at the end are narrower: they keep an address for each of their elements.
+template <class One, int step, int width, class Body>
+ADAMAX_HOST_DEVICE void for_each_column(Stretch stretch, int first, const Body& body) {
+  int k = first;
+  for (; k + (width - 1) * step < stretch.count; k += width * step) {
+    body(Column<One, step, width, true>{}, stretch.begin + k);
   }
-  for (; i < end; i += step) body(Column<One, step, 1>{}, i);
+  for (; k < stretch.count; k += width / 2 * step) {
+    body(Column<One, step, width / 2, false>{(stretch.count - 1 - k) / step}, stretch.begin + k);
+  }
 }
 
 }  // namespace adamax::cuda

@@ -100,17 +100,14 @@ class Event {
 };
 
 template <class Kernel>
-constexpr bool kHasBarrier =
-    requires(Kernel kernel, Place place, double* shared) { kernel.finish(place, shared); };
-
-template <class Kernel>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Kernel kernel) {
-  const Place place{blockIdx.x, threadIdx.x};
-  if constexpr (kHasBarrier<Kernel>) {
-    __shared__ double shared[kThreads];
-    kernel(place, shared);
-    __syncthreads();
-    kernel.finish(place, shared);
+__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+  const Place place{blockIdx.x, static_cast<int>(threadIdx.x)};
+  if constexpr (requires { Kernel::kShared; }) {
+    __shared__ double shared[Kernel::kShared];
+    for (int phase = 0; phase < kernel.phases(); ++phase) {
+      if (phase > 0) __syncthreads();
+      kernel(place, shared, phase);
+    }
   } else {
     kernel(place);
   }
@@ -156,7 +153,7 @@ class Device {
     static_assert(sizeof(Kernel) <= 32'764, "the limit of kernel arguments");
     void* arguments[] = {const_cast<Kernel*>(&kernel)};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(&run<Kernel>), dim3(kernel.blocks()),
-                           dim3(kThreads), arguments, 0, stream_),
+                           dim3(Kernel::kThreads), arguments, 0, stream_),
           Kernel::kName);
   }
 

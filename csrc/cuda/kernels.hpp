@@ -1,8 +1,9 @@
 // The kernels: what one thread of one block does, as functions of its place, for GPU and host.
 //
-// A kernel is a struct of its arguments with an operator() for one thread and, if threads share
-// something, a finish() for after the barrier. `nvcc` wraps it (device.cu); a test runs it thread
-// by thread on the host (tests/cpp/emulated_cuda.cpp).
+// A kernel is a struct of its arguments with an operator() for one of the kThreads threads of a
+// block. If those share kShared doubles, it is called for one phase after the other, with a barrier
+// between. `nvcc` wraps it (device.cu); a test runs it thread by thread on the host
+// (tests/cpp/emulated_cuda.cpp).
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 
 #include "adamax/dtypes.hpp"
 #include "core/clip_norm.hpp"
+#include "core/sum_shape.hpp"
 #include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 #include "cuda/access.hpp"
@@ -18,7 +20,8 @@
 namespace adamax::cuda {
 
 struct Place {
-  std::uint32_t block, thread;
+  std::uint32_t block;
+  int thread;
 };
 
 template <DType dtype>
@@ -29,11 +32,20 @@ using Vector = scalar::Vec<typename TypeOf<dtype>::Compute>;
 
 // ---- The step -----------------------------------------------------------------------------------
 
-// What the elementwise kernels have in common. `veto`, where it is set, stands for a gradient that
-// is not finite: nothing is changed then. A block is a chunk.
+// What the elementwise kernels have in common. A CUDA block is a chunk, and a thread has one packet
+// of each stream: 16 bytes of the widest, so 8 of 16-bit elements beside float32. With 16 bytes of
+// both a thread would make two accesses to each float32 stream, 32 bytes from those of its
+// neighbours: each access of a warp would touch twice the sectors and use half of them; and twice
+// the registers would hold no more bytes under way, as half the threads would find room.
+//
+// `veto`, where it is set, stands for a gradient that is not finite: nothing is changed then. It is
+// looked at behind the loads of the streams, as is a clip, so that they are under way meanwhile.
 template <class V, bool is_small>
 struct Elementwise {
-  Table<UpdateRow, is_small> table;
+  static constexpr int kThreads = 128;
+  static constexpr int kWidth = 16 / sizeof(V);
+  static constexpr int kChunk = kThreads * kWidth;
+  Table<UpdateRow, kChunk, is_small> table;
   Groups<V> groups;
   const int* veto;
 
@@ -51,58 +63,59 @@ struct Update : Elementwise<Vector<kStorages[storage].param>, is_small> {
   using State = Stored<kStorages[storage].state>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
-    if (this->is_vetoed()) return;
-    const UpdateRow& row = this->table.row_of(place.block);
-    GroupScalars<V> group = this->groups.of(row.group);
-    VectorScalars<V>& s = group.scalars;
-    if (row.clip != nullptr) {
-      s.clip_scale = V(static_cast<T>(*row.clip));
-      s.clips = true;
-    }
+    const auto piece = this->table.piece_of(place.block);
+    const UpdateRow& row = piece.row;
     auto* const param = static_cast<Param*>(row.param);
     auto* const momentum = static_cast<State*>(row.momentum);
     auto* const norm = static_cast<State*>(row.norm);
-    auto* const averages = static_cast<State*>(row.average);
-    auto* const accumulator = static_cast<State*>(row.accumulator);
+    auto* const averages = static_cast<State*>(has_average ? row.average : nullptr);
+    auto* const accumulator = static_cast<State*>(has_accumulator ? row.accumulator : nullptr);
     // No gradient: the accumulator's memory is read in its place, and the numbers are dropped,
     // because a load that may not take place would stand between the others.
     const bool has_grad = !has_accumulator || row.grad != nullptr;
     auto* const grad = static_cast<const Grad*>(has_grad ? row.grad : row.accumulator);
 
-    for_each<kWidth<Param, Grad>>(
-        stretch_of(row, place.block), place.thread,
-        [&](auto access, std::int64_t i) {
-          constexpr int kCount = access.width;
-          V w[kCount], h[kCount], m[kCount], u[kCount];
-          [[maybe_unused]] V average[kCount], accumulated[kCount];
-          // All loads before the first store.
-          access.load(grad + i, h);
-          access.load(param + i, w);
-          access.load(momentum + i, m);
-          access.load(norm + i, u);
-          if constexpr (has_accumulator) access.load(accumulator + i, accumulated);
-          if constexpr (has_average) access.load(averages + i, average);
-          for (int k = 0; k < kCount; ++k) {
-            if (!has_grad) h[k] = V(0);
-            if (s.unscales) h[k] = h[k] * s.grad_scale;
-            if constexpr (has_accumulator) {
-              h[k] = (accumulated[k] + h[k]) * s.mean_scale;
-              accumulated[k] = V(0);
-            }
-            update(w[k], h[k], m[k], u[k], group.decay_rule, group.epsilon_rule, s);
-            if constexpr (has_average) {
-              w[k] = w[k].rounded_to(param);
-              update_average(average[k], w[k], group.average_mode, s);
-              if (group.overwrite) w[k] = average[k];
-            }
-          }
-          access.store(m, momentum + i);
-          access.store(u, norm + i);
-          access.store(w, param + i);
-          if constexpr (has_accumulator) access.store(accumulated, accumulator + i);
-          if constexpr (has_average) access.store(average, averages + i);
-        },
-        grad, param, momentum, norm, averages, accumulator);
+    const GroupScalars<V> group = this->groups.of(row.group);
+    const auto body = [&](auto access, std::int64_t i) {
+      constexpr int kCount = access.width;
+      V w[kCount], h[kCount], m[kCount], u[kCount];
+      [[maybe_unused]] V average[kCount], accumulated[kCount];
+      // All loads before anything waits, and before the first store.
+      access.load(grad + i, h);
+      access.load(param + i, w);
+      access.load(momentum + i, m);
+      access.load(norm + i, u);
+      if constexpr (has_accumulator) access.load(accumulator + i, accumulated);
+      if constexpr (has_average) access.load(averages + i, average);
+      VectorScalars<V> s = group.scalars;
+      if (row.clip != nullptr) {
+        s.clip_scale = V(static_cast<T>(*row.clip));
+        s.clips = true;
+      }
+      if (this->is_vetoed()) return;
+      for (int k = 0; k < kCount; ++k) {
+        if (!has_grad) h[k] = V(0);
+        if (s.unscales) h[k] = h[k] * s.grad_scale;
+        if constexpr (has_accumulator) {
+          h[k] = (accumulated[k] + h[k]) * s.mean_scale;
+          accumulated[k] = V(0);
+        }
+        update(w[k], h[k], m[k], u[k], group.decay_rule, group.epsilon_rule, s);
+        if constexpr (has_average) {
+          w[k] = w[k].rounded_to(param);
+          update_average(average[k], w[k], group.average_mode, s);
+          if (group.overwrite) w[k] = average[k];
+        }
+      }
+      access.store(m, momentum + i);
+      access.store(u, norm + i);
+      access.store(w, param + i);
+      if constexpr (has_accumulator) access.store(accumulated, accumulator + i);
+      if constexpr (has_average) access.store(average, averages + i);
+    };
+    for_each<this->kWidth, this->kThreads>(
+        piece.stretch, place.thread,
+        alignment_of<this->kWidth>(grad, param, momentum, norm, averages, accumulator), body);
   }
 };
 
@@ -115,21 +128,21 @@ struct Accumulate : Elementwise<Vector<grad_dtype>, is_small> {
   using Grad = Stored<grad_dtype>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
-    if (this->is_vetoed()) return;
-    const UpdateRow& row = this->table.row_of(place.block);
-    const VectorScalars<V> s = this->groups.of(row.group).scalars;
+    const auto piece = this->table.piece_of(place.block);
+    const UpdateRow& row = piece.row;
     auto* const grad = static_cast<const Grad*>(row.grad);
     auto* const accumulator = static_cast<T*>(row.accumulator);
-    for_each<kWidth<Grad, T>>(
-        stretch_of(row, place.block), place.thread,
-        [&](auto access, std::int64_t i) {
-          V h[access.width], sum[access.width];
-          access.load(grad + i, h);
-          access.load(accumulator + i, sum);
-          for (int k = 0; k < access.width; ++k) sum[k] = sum[k] + h[k] * s.grad_scale;
-          access.store(sum, accumulator + i);
-        },
-        grad, accumulator);
+    const V grad_scale = this->groups.of(row.group).scalars.grad_scale;
+    const auto body = [&](auto access, std::int64_t i) {
+      V h[access.width], sum[access.width];
+      access.load(grad + i, h);
+      access.load(accumulator + i, sum);
+      if (this->is_vetoed()) return;
+      for (int k = 0; k < access.width; ++k) sum[k] = sum[k] + h[k] * grad_scale;
+      access.store(sum, accumulator + i);
+    };
+    for_each<this->kWidth, this->kThreads>(piece.stretch, place.thread,
+                                           alignment_of<this->kWidth>(grad, accumulator), body);
   }
 };
 
@@ -142,112 +155,112 @@ struct Average : Elementwise<Vector<dtype>, is_small> {
   using Param = Stored<dtype>;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
-    if (this->is_vetoed()) return;
-    const UpdateRow& row = this->table.row_of(place.block);
-    const GroupScalars<V> group = this->groups.of(row.group);
+    const auto piece = this->table.piece_of(place.block);
+    const UpdateRow& row = piece.row;
     auto* const param = static_cast<Param*>(row.param);
     auto* const averages = static_cast<T*>(row.average);
-    for_each<kWidth<Param, T>>(
-        stretch_of(row, place.block), place.thread,
-        [&](auto access, std::int64_t i) {
-          V w[access.width], average[access.width];
-          access.load(param + i, w);
-          access.load(averages + i, average);
-          for (int k = 0; k < access.width; ++k) {
-            update_average(average[k], w[k], group.average_mode, group.scalars);
-          }
-          access.store(average, averages + i);
-          if (group.overwrite) access.store(average, param + i);
-        },
-        param, averages);
+    const GroupScalars<V> group = this->groups.of(row.group);
+    const auto body = [&](auto access, std::int64_t i) {
+      V w[access.width], average[access.width];
+      access.load(param + i, w);
+      access.load(averages + i, average);
+      if (this->is_vetoed()) return;
+      for (int k = 0; k < access.width; ++k) {
+        update_average(average[k], w[k], group.average_mode, group.scalars);
+      }
+      access.store(average, averages + i);
+      if (group.overwrite) access.store(average, param + i);
+    };
+    for_each<this->kWidth, this->kThreads>(piece.stretch, place.thread,
+                                           alignment_of<this->kWidth>(param, averages), body);
   }
 };
 
 // ---- Norms --------------------------------------------------------------------------------------
 
-// One level of a sum of fixed shape: a sum for each chunk. The first level squares gradients, the
-// next ones add the sums of the level before. A thread is a lane of a chunk.
-template <DType dtype, bool squares, bool is_small>
+// One level of a sum of fixed shape: a sum for each block of the sum. The first level squares
+// gradients, the next ones add the sums of the level before.
+//
+// A chunk is a block of the sum, and a thread is one of its lanes, which adds its numbers in order:
+// so what counts is how many are under way to it. A CUDA block has one warp, so that small arrays
+// are spread over as many multiprocessors as they can be.
+template <DType dtype, bool squares, bool has_accumulator, bool is_small>
 struct Sums {
   static constexpr const char* kName = squares ? "squares" : "sums";
   using V = Vector<dtype>;
   using T = typename V::Scalar;
   struct NoGroups {};
-  Table<SumsRow, is_small> table;
+  Table<SumsRow, kBlock, is_small> table;
   std::conditional_t<squares, Groups<V>, NoGroups> groups;
   int* not_finite;  // set to 1 if an element of a source is infinite or NaN; may be null
 
-  static constexpr int kChunks = kThreads / kLanes;  // of a block
+  static constexpr int kThreads = 32;
+  static constexpr int kShared = kThreads;  // the sums of the lanes
+  // Elements of a lane that are under way together: 32 registers, with more ptxas makes it wait.
+  static constexpr int kColumn = 128 / sizeof(V) / (1 + has_accumulator);
+  static constexpr int kChunks = kThreads / kLanes;
   std::uint32_t blocks() const { return (table.chunks + kChunks - 1) / kChunks; }
+  ADAMAX_HOST_DEVICE int phases() const { return 2; }
 
-  // `shared` has room for a number of each thread of the block.
-  ADAMAX_HOST_DEVICE void operator()(Place place, double* shared) const {
-    const std::uint32_t chunk = chunk_of(place);
-    double sum = 0.0;
-    if (chunk < table.chunks) {
-      const SumsRow& row = table.row_of(chunk);
-      const Stretch stretch = stretch_of(row, chunk);
-      const std::int64_t first = stretch.begin + place.thread % kLanes;
-      const bool by_element = is_aligned(static_cast<const Stored<dtype>*>(row.source)) &&
-                              is_aligned(static_cast<const T*>(row.accumulator));
-      sum = by_element ? sum_of_lane<ByElement>(row, first, stretch.end)
-                       : sum_of_lane<ByByte>(row, first, stretch.end);
+  ADAMAX_HOST_DEVICE void operator()(Place place, double* shared, int phase) const {
+    const std::uint32_t chunk = place.block * kChunks + place.thread / kLanes;
+    const int lane = place.thread % kLanes;
+    if (chunk >= table.chunks) return;
+    const auto piece = table.piece_of(chunk);
+    if (phase == 0) {
+      shared[place.thread] = sum_of_lane(piece.row, piece.stretch, lane);
+    } else if (lane == 0) {
+      piece.row.sums[piece.chunk] = fold_lanes(shared + place.thread);
     }
-    shared[place.thread] = sum;
-  }
-
-  ADAMAX_HOST_DEVICE void finish(Place place, double* shared) const {
-    const std::uint32_t chunk = chunk_of(place);
-    if (place.thread % kLanes != 0 || chunk >= table.chunks) return;
-    const SumsRow& row = table.row_of(chunk);
-    row.sums[chunk - row.first_chunk] = fold_lanes(shared + place.thread);
   }
 
  private:
-  ADAMAX_HOST_DEVICE static std::uint32_t chunk_of(Place place) {
-    return place.block * kChunks + place.thread / kLanes;
-  }
-
-  // A lane begins at element `first`.
-  template <class One>
-  ADAMAX_HOST_DEVICE double sum_of_lane(const SumsRow& row, std::int64_t first,
-                                        std::int64_t end) const {
+  ADAMAX_HOST_DEVICE double sum_of_lane(const SumsRow& row, Stretch stretch, int lane) const {
     // No source: the accumulator's memory is read in its place, as above.
-    const bool has_source = row.source != nullptr;
-    auto* const accumulator = static_cast<const T*>(row.accumulator);
+    const bool has_source = !has_accumulator || row.source != nullptr;
+    auto* const accumulator = static_cast<const T*>(has_accumulator ? row.accumulator : nullptr);
     auto* const source =
         static_cast<const Stored<dtype>*>(has_source ? row.source : row.accumulator);
-    if (source == nullptr) return 0.0;  // neither
     [[maybe_unused]] VectorScalars<V> s;
     if constexpr (squares) s = groups.of(row.group).scalars;
     double sum = 0.0;
     bool is_finite = true;
-    for_each_column<One, kLanes>(first, end, [&](auto column, std::int64_t i) {
+    const auto body = [&](auto column, std::int64_t i) {
       V h[column.width];
+      [[maybe_unused]] V accumulated[column.width];
       column.load(source + i, h);
-      if constexpr (squares) {
-        V accumulated[column.width];
-        if (accumulator != nullptr) column.load(accumulator + i, accumulated);
-        for (int k = 0; k < column.width; ++k) {
+      if constexpr (has_accumulator) column.load(accumulator + i, accumulated);
+      for (int k = 0; k < column.width; ++k) {
+        double summand;
+        if constexpr (squares) {
           if (!has_source) h[k] = V(0);
           is_finite = is_finite && h[k].v - h[k].v == T(0);
           if (s.unscales) h[k] = h[k] * s.grad_scale;
-          if (accumulator != nullptr) h[k] = (accumulated[k] + h[k]) * s.mean_scale;
+          if constexpr (has_accumulator) h[k] = (accumulated[k] + h[k]) * s.mean_scale;
           const double wide = static_cast<double>(h[k].v);
-          sum = sum + wide * wide;
+          summand = wide * wide;
+        } else {
+          summand = h[k].v;
         }
-      } else {
-        for (int k = 0; k < column.width; ++k) sum = sum + h[k].v;
+        if (column.has(k)) sum = sum + summand;
       }
-    });
+    };
+    alignment_of<1>(source, accumulator) != Alignment::kBytes
+        ? for_each_column<ByElement, kLanes, kColumn>(stretch, lane, body)
+        : for_each_column<ByByte, kLanes, 4>(stretch, lane, body);
     if (not_finite != nullptr && !is_finite) *not_finite = 1;
     return sum;
   }
 };
 
-// Coefficients of clipping by norm, from sums of squares: one a variable, or one for all.
+// Coefficients of clipping by norm, from sums of squares: one a variable, or one for all. The total
+// is added by one thread, because its order is the contract, from shared memory, to which all
+// threads bring the sums: by itself it would wait for global memory again and again.
 struct Clip {
   static constexpr const char* kName = "clip";
+  static constexpr int kThreads = 256;
+  static constexpr int kTile = 8 * kThreads;
+  static constexpr int kShared = kTile + 1;  // sums of squares, and their total so far
   const double* sums_of_squares;
   double* coefficients;
   std::int64_t count;
@@ -255,20 +268,33 @@ struct Clip {
   bool is_global;
 
   std::uint32_t blocks() const { return 1; }
+  // A tile is brought in one phase and added in the next.
+  ADAMAX_HOST_DEVICE int phases() const {
+    return is_global ? 2 * static_cast<int>((count + kTile - 1) / kTile) : 1;
+  }
 
-  ADAMAX_HOST_DEVICE void operator()(Place place) const {
+  ADAMAX_HOST_DEVICE void operator()(Place place, double* shared, int phase) const {
     if (!is_global) {
       for (std::int64_t i = place.thread; i < count; i += kThreads) {
         coefficients[i] = clip_by_norm(limit, sums_of_squares[i]);
       }
+      return;
+    }
+    const std::int64_t begin = std::int64_t{phase / 2} * kTile;
+    const int here = count - begin < kTile ? static_cast<int>(count - begin) : kTile;
+    if (phase % 2 == 0) {
+      for (int i = place.thread; i < here; i += kThreads) shared[i] = sums_of_squares[begin + i];
     } else if (place.thread == 0) {
-      double total = 0.0;
-      for_each_column<ByElement, 1>(0, count, [&](auto column, std::int64_t i) {
+      double total = begin == 0 ? 0.0 : shared[kTile];
+      for_each_column<ByElement, 1, 32>({0, here}, 0, [&](auto column, std::int64_t i) {
         scalar::Vec<double> sums[column.width];
-        column.load(sums_of_squares + i, sums);
-        for (int k = 0; k < column.width; ++k) total = total + sums[k].v;
+        column.load(shared + i, sums);
+        for (int k = 0; k < column.width; ++k) {
+          if (column.has(k)) total = total + sums[k].v;
+        }
       });
-      coefficients[0] = clip_by_global_norm(limit, total);
+      shared[kTile] = total;
+      if (begin + here == count) coefficients[0] = clip_by_global_norm(limit, total);
     }
   }
 };

@@ -74,7 +74,7 @@ class Run {
         device_.launch(kernel);
         rows = rows.subspan(count);
       };
-      if (rows.size() <= Table<TableRow, true>::kCapacity) {
+      if (rows.size() <= decltype(make(std::true_type{}).table)::kCapacity) {
         launch(std::true_type{});
       } else {
         launch(std::false_type{});
@@ -95,7 +95,7 @@ class Run {
       const std::int64_t chunks = num_blocks(size);
       if (chunks <= 1) return total;
       double* const sums = std::exchange(free, free + chunks);
-      later.push_back({chunks, 0, 0, sums, nullptr, total});
+      later.push_back({chunks, 0, sums, nullptr, total});
       return sums;
     };
     for (const Row& row : program_.rows) {
@@ -103,17 +103,14 @@ class Run {
       const void* const added = program_.sums_accumulators ? row.memory.accumulator : nullptr;
       double* const sums = sums_for(row.size, result++, next);
       first[static_cast<int>(row.grad_dtype())].push_back(
-          {row.size, 0, row.group, row.memory.grad, added, sums});
+          {row.size, row.group, row.memory.grad, added, sums});
     }
-    launch_squares<DType::kFloat32>(first[0]);
-    launch_squares<DType::kFloat64>(first[1]);
-    launch_squares<DType::kFloat16>(first[2]);
-    launch_squares<DType::kBFloat16>(first[3]);
+    program_.sums_accumulators ? launch_squares<true>(first) : launch_squares<false>(first);
     while (!next.empty()) {
       std::vector<SumsRow> later;
       for (SumsRow& row : next) row.sums = sums_for(row.size, row.sums, later);
       launch_rows(std::span<const SumsRow>(next),
-                  [](auto is_small) { return Sums<DType::kFloat64, false, is_small>{}; });
+                  [](auto is_small) { return Sums<DType::kFloat64, false, false, is_small>{}; });
       next = std::move(later);
     }
     if (program_.clip.rule != ClipRule::kNone) {
@@ -124,10 +121,17 @@ class Run {
     if (scratch_.not_finite != nullptr) device_.request(scratch_.not_finite);
   }
 
-  template <DType dtype>
-  void launch_squares(std::span<const SumsRow> rows) {
-    launch_rows(rows, [this](auto is_small) {
-      return Sums<dtype, true, is_small>{{}, groups_of(Vector<dtype>()), scratch_.not_finite};
+  template <bool has_accumulator>
+  void launch_squares(const std::vector<SumsRow> (&rows)[kNumDTypes]) {
+    [&]<int... k>(std::integer_sequence<int, k...>) {
+      (launch_squares<static_cast<DType>(k), has_accumulator>(rows[k]), ...);
+    }(std::make_integer_sequence<int, kNumDTypes>{});
+  }
+  template <DType dtype, bool has_accumulator>
+  void launch_squares(const std::vector<SumsRow>& rows) {
+    launch_rows(std::span(rows), [this](auto is_small) {
+      return Sums<dtype, true, has_accumulator, is_small>{
+          {}, groups_of(Vector<dtype>()), scratch_.not_finite};
     });
   }
 
@@ -163,7 +167,7 @@ class Run {
       if (row.is_summed && program_.clip.rule == ClipRule::kNorm) ++next_clip;
       const Arrays& m = row.memory;
       if (std::vector<UpdateRow>* const rows = rows_like(row)) {
-        rows->push_back({row.size, 0, row.group, m.param, m.grad, m.momentum, m.norm, m.average,
+        rows->push_back({row.size, row.group, m.param, m.grad, m.momentum, m.norm, m.average,
                          m.accumulator, clip});
       }
     }

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "core/host_device.hpp"
-#include "core/sum_shape.hpp"
 #include "core/update_rule.hpp"
+#include "cuda/access.hpp"
 
 namespace adamax::cuda {
 
@@ -48,10 +48,9 @@ struct Groups {
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-// A row is a variable. It is cut into chunks of kBlock elements, numbered through the table.
+// A row is a variable.
 struct UpdateRow {
-  std::int64_t size;          // elements
-  std::uint32_t first_chunk;  // set by Table::add
+  std::int64_t size;  // elements
   std::uint32_t group;
   void* param;
   const void* grad;  // null beside an accumulator: a gradient of zero
@@ -64,47 +63,49 @@ struct UpdateRow {
 
 struct SumsRow {
   std::int64_t size;
-  std::uint32_t first_chunk;
   std::uint32_t group;
   const void* source;       // may be null, likewise
-  const void* accumulator;  // added to the source; may be null
+  const void* accumulator;  // added to the source; null in tables of kernels without it
   double* sums;             // one a chunk
 };
 
+// Rows are cut into chunks of `chunk_size` elements, numbered through the table.
+//
 // Kernel arguments hold 32,764 bytes from CUDA 12.1 on, of which a few groups take up to 1,700. Few
 // variables travel in a smaller table, because every launch copies all of it.
-template <class TableRow, bool is_small>
+template <class TableRow, int chunk_size, bool is_small>
 struct Table {
-  static constexpr int kCapacity = (is_small ? 3'584 : 31'000) / sizeof(TableRow);
+  static constexpr int kCapacity =
+      (is_small ? 3'584 : 31'000) / (sizeof(TableRow) + sizeof(std::uint32_t));
   TableRow rows[kCapacity];
+  std::uint32_t first_chunks[kCapacity];  // of each row; by themselves, because they are searched
   std::uint32_t count = 0;
   std::uint32_t chunks = 0;  // 2^32 chunks are more elements than any device holds
 
-  void add(TableRow row) {
-    row.first_chunk = chunks;
-    rows[count++] = row;
-    chunks += static_cast<std::uint32_t>(num_blocks(row.size));
+  void add(const TableRow& row) {
+    rows[count] = row;
+    first_chunks[count++] = chunks;
+    chunks += static_cast<std::uint32_t>((row.size + chunk_size - 1) / chunk_size);
   }
 
-  ADAMAX_HOST_DEVICE const TableRow& row_of(std::uint32_t chunk) const {
-    std::uint32_t low = 0, high = count;  // the row begins in [low, high)
+  struct Piece {
+    const TableRow& row;
+    std::uint32_t chunk;  // of the row
+    Stretch stretch;
+  };
+
+  ADAMAX_HOST_DEVICE Piece piece_of(std::uint32_t chunk) const {
+    std::uint32_t low = 0, high = count;  // the row is in [low, high)
     while (high - low > 1) {
       const std::uint32_t middle = (low + high) / 2;
-      (rows[middle].first_chunk <= chunk ? low : high) = middle;
+      (first_chunks[middle] <= chunk ? low : high) = middle;
     }
-    return rows[low];
+    const TableRow& row = rows[low];
+    const std::uint32_t of_row = chunk - first_chunks[low];
+    const std::int64_t begin = static_cast<std::int64_t>(of_row) * chunk_size;
+    const std::int64_t rest = row.size - begin;
+    return {row, of_row, {begin, rest < chunk_size ? static_cast<int>(rest) : chunk_size}};
   }
 };
-
-// The elements of a row that a chunk stands for.
-struct Stretch {
-  std::int64_t begin, end;
-};
-
-template <class TableRow>
-ADAMAX_HOST_DEVICE Stretch stretch_of(const TableRow& row, std::uint32_t chunk) {
-  const std::int64_t begin = static_cast<std::int64_t>(chunk - row.first_chunk) * kBlock;
-  return {begin, begin + kBlock < row.size ? begin + kBlock : row.size};
-}
 
 }  // namespace adamax::cuda

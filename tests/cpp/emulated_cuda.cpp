@@ -20,7 +20,7 @@ std::string the_log;
 std::set<std::uintptr_t> capturing;  // streams
 std::vector<void (*)()> pending;     // what the device has still to do, on any stream
 std::uintptr_t device_1_begin = 0, device_1_end = 0;
-std::uint32_t first_block = 0;  // of every launch: the ones before are left out
+std::uint64_t first_element = 0;  // of elementwise kernels: the chunks before are left out
 Found the_machine{13000, 13000, 2, "", 0, 86};
 
 void log(const std::string& line) {
@@ -62,13 +62,18 @@ class Device {
   void launch(const Kernel& kernel) {
     log(std::string("launch ") + Kernel::kName + " on device " + std::to_string(queue_.device) +
         " stream " + std::to_string(queue_.stream));
+    std::uint32_t first_block = 0;
+    if constexpr (requires { Kernel::kChunk; }) {
+      first_block = static_cast<std::uint32_t>(first_element / Kernel::kChunk);
+    }
     for (std::uint32_t block = kernel.blocks(); block-- > first_block;) {
-      if constexpr (requires(Place place, double* shared) { kernel.finish(place, shared); }) {
-        double shared[kThreads];
-        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel({block, thread}, shared);
-        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel.finish({block, thread}, shared);
+      if constexpr (requires { Kernel::kShared; }) {
+        double shared[Kernel::kShared];
+        for (int phase = 0; phase < kernel.phases(); ++phase) {
+          for (int thread = Kernel::kThreads; thread-- > 0;) kernel({block, thread}, shared, phase);
+        }
       } else {
-        for (std::uint32_t thread = kThreads; thread-- > 0;) kernel({block, thread});
+        for (int thread = Kernel::kThreads; thread-- > 0;) kernel({block, thread});
       }
     }
   }
@@ -155,8 +160,8 @@ extern "C" {
   adamax::cuda::pending.push_back(work);
 }
 [[gnu::visibility("default")]] void emulated_finish() { adamax::cuda::finish_pending(); }
-[[gnu::visibility("default")]] void emulated_first_block(std::uint32_t block) {
-  adamax::cuda::first_block = block;
+[[gnu::visibility("default")]] void emulated_first_element(std::uint64_t element) {
+  adamax::cuda::first_element = element;
 }
 [[gnu::visibility("default")]] void emulated_device_1(std::uintptr_t begin, std::uintptr_t end) {
   adamax::cuda::device_1_begin = begin;

@@ -110,9 +110,9 @@ def finish():
     _library().emulated_finish()
 
 
-def set_first_block(block):
-    """Leave out the blocks of every launch that come before `block`."""
-    _library().emulated_first_block(block)
+def set_first_element(element):
+    """Leave out the chunks of elementwise launches that come before `element`."""
+    _library().emulated_first_element(ctypes.c_uint64(element))
 
 
 def set_machine(driver=13000, runtime=13000, devices=2, capability=86, error=""):
