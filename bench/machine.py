@@ -5,6 +5,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def nvidia_smi(query: str) -> str:
+    """Return what it says of the first GPU; nothing where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def gpu(cuda: Any) -> dict[str, Any]:
+    """Return what torch.cuda and the driver say of the GPU."""
+    about = cuda.get_device_properties(0)
+    return {
+        "name": about.name,
+        "memory_bytes": about.total_memory,
+        "l2_bytes": about.L2_cache_size,
+        "driver_and_clocks": nvidia_smi("driver_version,clocks.max.sm,clocks.max.mem"),
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the version of each contestant's packages; absent ones are left out."""
     imports = {name for kind in CONTESTANTS.values() for name in kind.packages}
@@ -38,8 +59,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def default_path(device: str) -> Path:
-    kind = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-    today = datetime.date.today().isoformat()
-    name = f"{kind}-{len(os.sched_getaffinity(0))}-cores-{device}-{today}.json"
-    return Path(__file__).parent / "results" / name
+def default_name(device: str) -> str:
+    """Return a name for a run's file."""
+    cpu = f"{cpu_model()} {len(os.sched_getaffinity(0))} cores"
+    name = f"{cpu if device == 'cpu' else nvidia_smi('name')} {device}"
+    kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{kind}-{datetime.date.today().isoformat()}.json"

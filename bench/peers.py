@@ -1,8 +1,9 @@
 """adamax_ext beside its peers: the same works, in turns, each library in a process of its own.
 
 Run as ``python bench/peers.py`` after ``pip install ".[bench]"``, with a C++ compiler. Prints a
-line for each duel and the time left, writes JSON, and shows it by bench/report.py. ``--quick`` is a
-check of a minute or two, for peers.py itself: its figures mean little.
+line for each duel and the time left, writes JSON as rows come, and shows it by bench/report.py. A
+contestant that fails is named, the run goes on, and its exit status is 1. ``--quick`` is a check of
+a minute or two, for peers.py itself: its figures mean little.
 
 A duel is one contestant against adamax_ext: both have their arrays in memory, and in each round
 each takes a turn, and so does the bound, the same memory traffic without arithmetic. The machine's
@@ -13,6 +14,10 @@ taken.
 The full step is: divide the gradients by the loss scale, clip them by their global norm, decay the
 weights, step, and average the weights. Steps follow each other; those "after backward" come, as in
 training, each after a pass (not timed) over other memory that makes new gradients.
+
+With ``--device cuda`` the bound is a copy on the device. Times are the device's, by events around
+steps that are queued behind a sleep; those of JAX and TensorFlow are the host's. The time until a
+step's call returns is a work of its own. What stays in the GPU's L2 is marked.
 """
 
 import argparse
@@ -21,67 +26,23 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import adamax_ext
 import report
-from contestants import CONTESTANTS
-from contestants.base import Work
-from duels import GPU_BOUND, Entry, Run
-from machine import default_path, machine, versions
-from rows import OURS
+from duels import ON_DEVICE, Run
+from machine import default_name, machine, versions
+from process import Process
+from rows import FOREACH, FUSED
+from works import PEERS, plan
 
 HERE = Path(__file__).parent
-OURS_TORCH, OURS_FLAT = "adamax_ext, torch tensors", "adamax_ext, one flat array"
-PEERS = [name for name in CONTESTANTS if not name.startswith("adamax_ext") and name != GPU_BOUND]
-
-GPT2_BLOCK = (
-    *((768,), (768,), (768, 2304), (2304,), (768, 768), (768,)),
-    *((768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)),
-)
-GPT2_SMALL = ((50257, 768), (1024, 768), *(GPT2_BLOCK * 12), (768,), (768,))
-
-
-def power(exponent: int, **options: Any) -> Work:
-    """One array of 2^exponent elements."""
-    kind = "full" if options.get("full") else options.get("dtype", "plain")
-    return Work(f"{kind} 2^{exponent}", ((2**exponent,),), **options)
-
-
-def plan(device: str, threads: int, quick: bool, anchor: str) -> list[list[Entry]]:
-    """Return the works, each a list of entries whose first is the anchor."""
-    exponents = (10, 14, 20) if quick else range(10, 29)
-    with_peers = (14,) if quick else (14, 20, 24, 26)
-    one_thread = (14, 20) if quick else (14, 24)
-    large, many = (20, 20) if quick else (24, 400)
-    spare = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.5
-    works: list[list[Entry]] = []
-
-    def add(work: Work, *names: str) -> None:
-        works.append([Entry(work, name, threads) for name in (anchor, *names)])
-
-    everyone = [name for name in (OURS_TORCH, *PEERS) if name != anchor]
-    for exponent in exponents:
-        if device == "cpu" and 16 * 2**exponent > spare:
-            print(f"2^{exponent} elements are left out: they would take half of the memory")
-            continue
-        add(power(exponent), *(everyone if exponent in with_peers else ()))
-        if device == "cpu" and exponent in one_thread and threads > 1:
-            works[-1].append(Entry(works[-1][0].work, OURS, 1))
-    add(power(large, full=True), *everyone)
-    add(power(large, dtype="bfloat16"), *everyone)
-    for backward in (False, True):
-        name = f"{many} x 256{' after backward' * backward}"
-        add(Work(name, ((256,),) * many, after_backward=backward), *everyone)
-    if not quick:
-        flat = (OURS_FLAT,) if device == "cpu" else ()
-        add(Work("GPT-2 small", GPT2_SMALL), *flat, "torch AdamW, fused")
-    return works
 
 
 def build_bound(folder: str) -> str:
@@ -97,54 +58,47 @@ def build_bound(folder: str) -> str:
     return f"{folder}/libbound.so"
 
 
-def run_all(run: Run, only: str) -> None:
+def measure(run: Run, only: str, save: Callable[[], None]) -> None:
     """Do everything whose "work / contestant" matches the expression `only`."""
 
     def wanted(work: str, name: str) -> bool:
         return re.search(only, f"{work} / {name}") is not None
 
-    print("starting (Adamax contestants are checked against each other):")
-    ours = OURS if run.device == "cpu" else OURS_TORCH
-    run.start([ours])
-    if ours in run.missing:
-        run.start([GPU_BOUND])
-    run.anchor_name = ours if ours not in run.missing else GPU_BOUND
     works = []
-    for anchor, *others in plan(run.device, run.threads, run.quick, run.anchor_name):
+    for ours, *others in plan(run.device, run.threads, run.quick):
         others = [entry for entry in others if wanted(entry.work.name, entry.contestant)]
-        if others or wanted(anchor.work.name, anchor.contestant):
-            works.append([anchor, *others])
-    zeros = [ours, "torch Adamax, foreach", "torch AdamW, fused"]
+        if others or wanted(ours.work.name, ours.contestant):
+            works.append([ours, *others])
+    on_host = run.device == "cpu"
+    zeros = [name for name in (run.ours, FOREACH, FUSED) if on_host]
     zeros = [name for name in zeros if wanted("zero gradients", name)]
-    training = [name for name in (ours, *PEERS) if wanted("training", name)]
-
-    entered = {entry.contestant for work in works for entry in work} | {*zeros, *training}
-    run.start(name for name in CONTESTANTS if name in entered - run.checks.keys() - {*run.missing})
-    # Named above and in the report: no need to fail in each work.
-    works = [[e for e in work if e.contestant not in run.missing] for work in works]
-    works = [work for work in works if work]
-    zeros, training = ([n for n in names if n not in run.missing] for names in (zeros, training))
-
+    training = [name for name in (run.ours, *PEERS) if on_host and wanted("training", name)]
     count = sum(len(work) for work in works) + len(zeros) + len(training)
-    done, start = 0, time.perf_counter()
+    done, began = 0, time.perf_counter()
 
     def tell(title: str, text: str) -> None:
         nonlocal done
+        save()
         done += 1
-        left = (time.perf_counter() - start) / done * (count - done)
+        left = (time.perf_counter() - began) / done * (count - done)
         print(f"[{done:3d}/{count}] {title:44s} {text}; {left / 60:.1f} min left", flush=True)
 
+    print("Adamax contestants are checked against the first one as they start:")
+    run.is_here(run.ours)
     for entries in works:
-        lines = run.work(entries[0].work, entries)
-        for entry, text in zip(entries, lines, strict=True):
-            tell(f"{entry.work.name}: {entry.contestant}, {entry.threads} threads", text)
+        work = entries[0].work
+        for entry, text in zip(entries, run.work(work, entries), strict=True):
+            tell(f"{work.name}: {entry.contestant}, {entry.threads} threads", text)
     for name in zeros:
         tell(f"zero gradients: {name}", run.zeros(name))
     for name in training:
         tell(f"training: {name}", run.train(name))
 
 
-def main() -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    new_process: Callable[[str, str, int], Process] = Process,
+) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,40 +107,51 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=cores, help=f"of each library ({cores})")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--only", default="", help='expression to find in "work / contestant"')
-    parser.add_argument("--out", type=Path, help="JSON file; default: in bench/results")
-    options = parser.parse_args()
-    out = options.out or default_path(options.device)
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="JSON file, or a folder for one"
+    )
+    options = parser.parse_args(arguments)
+    out: Path = options.out
+    if out.suffix != ".json":
+        out /= default_name(options.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        library = build_bound(folder) if options.device == "cpu" else None
-        run = Run(options.device, options.threads, options.quick, library)
-        try:
-            run_all(run, options.only)
-        finally:
-            for process in run.processes.values():
-                process.end()
-    results = {
+    about = {
         "format": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        "wall_seconds": time.perf_counter() - start,
         "device": options.device,
         "threads": options.threads,
-        "ours": run.anchor_name,
         "machine": machine(),
         "versions": versions(),
         "build_info": adamax_ext.build_info(),
-        "missing": run.missing,
-        "checks": run.checks,
-        "failures": run.failures,
-        "rows": run.rows,
-        "zero_gradients": run.zero_gradients,
-        "training": run.training,
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{out}: {math.ceil(results['wall_seconds'])} s\n")
-    return report.show(out)
+
+    def save(complete: bool = False) -> None:
+        """Write what there is so far: a run may be cut."""
+        seconds = {"wall_seconds": time.perf_counter() - start, "complete": complete}
+        out.with_suffix(".part").write_text(
+            json.dumps({**about, **seconds, **run.results()}, indent=1) + "\n"
+        )
+        out.with_suffix(".part").replace(out)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    complete = False
+    with tempfile.TemporaryDirectory() as folder:
+        bound = build_bound(folder) if options.device == "cpu" else ON_DEVICE
+        run = Run(options.device, options.threads, options.quick, bound, new_process)
+        try:
+            measure(run, options.only, save)
+            complete = True
+        except KeyboardInterrupt:
+            print("cut short")
+        finally:
+            for process in run.processes.values():
+                process.end()
+    save(complete)
+    print(f"\n{out}: {math.ceil(time.perf_counter() - start)} s\n")
+    report.show(out)
+    return 1 if run.has_faults or not complete else 0
 
 
 if __name__ == "__main__":

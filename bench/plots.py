@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure  # no pyplot: it would choose a display backend
-from rows import OURS, Rows, bound_seconds, comparable_seconds, time_text
+from rows import OURS, Rows, bound_seconds, comparable_seconds, l2_mark, time_text
 
 
 def draw_sizes(results: dict[str, Any], axes: Axes) -> None:
@@ -38,13 +38,11 @@ def draw_sizes(results: dict[str, Any], axes: Axes) -> None:
         linestyle=":",
         label="bound: memory traffic alone",
     )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="elements",
-        ylabel="seconds a step",
-        title=f"Plain step, float32, {results['threads']} threads",
-    )
+    if in_l2 := [row["elements"] for row in own if row.get("in_l2")]:
+        axes.axvspan(min(in_l2) / 2, max(in_l2) * 2**0.5, alpha=0.1, label="in the GPU's L2")
+    where = results["gpu"]["name"] if results.get("gpu") else f"{results['threads']} threads"
+    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step")
+    axes.set_title(f"Plain step, float32, {where}")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
 
@@ -61,7 +59,7 @@ def draw_bars(results: dict[str, Any], axes: Axes, work: str, title: str) -> Non
     values = [seconds[name] for name in names]
     bars = axes.barh(names, values, color=["C3" if n.startswith(OURS) else "C0" for n in names])
     axes.bar_label(bars, [time_text(value) for value in values], padding=3, fontsize=8)
-    axes.set(xscale="log", xlabel="seconds a step", title=title)
+    axes.set(xscale="log", xlabel="seconds a step", title=f"{title}{l2_mark(own or {})}")
     axes.set_xlim(min(values) / 2, max(values) * 4)
     if own is not None and own["fraction_of_bound"]:
         bound = bound_seconds(own)

@@ -17,7 +17,11 @@ START_TIMEOUT = 300.0  # DeepSpeed builds itself in about two minutes
 
 
 class Failure(Exception):
-    """A contestant that is missing, or failed in a work, with its message."""
+    """A contestant that is missing, or failed in a work: its message, and its process if it ran."""
+
+    def __init__(self, reason: str, process: "Process | None" = None) -> None:
+        super().__init__(reason)
+        self.process = process
 
 
 class Process:
@@ -54,25 +58,25 @@ class Process:
         )
         if threads < len(cores):  # the way to limit XLA's threads
             os.sched_setaffinity(self.process.pid, cores[:threads])
-        self.ask("start", timeout=START_TIMEOUT)
+        self.gpu: dict[str, Any] | None = self.ask("start", timeout=START_TIMEOUT)["gpu"]
 
     def ask(self, do: str, timeout: float = ANSWER_TIMEOUT, **arguments: Any) -> dict[str, Any]:
         """Send a command and return its answer; raise Failure if there is none."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         if self.process.poll() is not None:
-            raise Failure(f"has ended before: {self.last_error()}")
+            raise Failure(f"has ended before: {self.last_error()}", self)
         stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         stdin.flush()
         if not select.select([stdout], [], [], timeout)[0]:
             self.end()
-            raise Failure(f"no answer to {do} in {timeout:.0f} s")
+            raise Failure(f"no answer to {do} in {timeout:.0f} s", self)
         line = stdout.readline()
         if not line:
-            raise Failure(f"exit status {self.process.wait()}: {self.last_error()}")
+            raise Failure(f"exit status {self.process.wait()}: {self.last_error()}", self)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise Failure(answer["error"])
+            raise Failure(answer["error"], self)
         return answer
 
     def last_error(self) -> str:

@@ -12,87 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from goals import goals
 from plots import draw
-from rows import OURS, Row, Rows, comparable_seconds, ratio_text, seconds_text, table
-
-PAST_CACHES = 2**23  # elements: four float32 arrays of these are more than caches hold
-
-
-def promises(results: dict[str, Any]) -> str:
-    """Return the table of goals; a goal of a ratio is met from it upwards."""
-    rows = Rows(results)
-    lines: list[list[str]] = []
-
-    def line(
-        what: str, goal: float | None, measured: float | None, text: str, at_most: bool
-    ) -> None:
-        met = ""
-        if measured is None:
-            text, met = "not measured", "unknown" if goal is not None else ""
-        elif goal is not None:
-            met = "yes" if (measured <= goal if at_most else measured >= goal) else "**no**"
-        sign = "at most" if at_most else "at least"
-        lines.append([what, "" if goal is None else f"{sign} {goal:g}", text, met])
-
-    def bound(what: str, work: str, goal: float | None = None, threads: int | None = None) -> None:
-        row = rows.find(work, OURS, threads)
-        fraction = row["fraction_of_bound"] if row else None
-        measured = fraction["median"] if fraction else None
-        line(f"{what}: of the bound", goal, measured, ratio_text(fraction), False)
-
-    def faster(what: str, work: str, goal: float | None, *peers: str) -> None:
-        """Against the fastest of `peers`."""
-        found = [row for peer in peers if (row := rows.find(work, peer)) and row["ratio_to_ours"]]
-        best = min(found, key=lambda row: row["ratio_to_ours"]["median"], default=None)
-        ratio = best["ratio_to_ours"] if best else None
-        measured = ratio["median"] if ratio else None
-        who = best["contestant"] if best else " or ".join(peers)
-        line(f"{what}: times as fast as {who}", goal, measured, ratio_text(ratio), False)
-
-    keras = [f"Keras Adamax, {backend}" for backend in ("JAX", "torch", "TensorFlow")]
-    bound("plain step, 2^24", "plain 2^24", 0.97)
-    bound("plain step, 2^26", "plain 2^26", 0.97)
-    bound("full step, 2^24", "full 2^24", 0.93)
-    bound("bfloat16 weights and gradients, 2^24", "bfloat16 2^24", 0.9)
-    plain = "plain 2^24"
-    faster("plain step, 2^24", plain, 5.5, "torch Adamax, foreach")
-    faster("plain step, 2^24", plain, 1.5, "torch Adamax, compiled")
-    faster("plain step, 2^24", plain, 1.5, "optax adamax, jit")
-    faster("plain step, 2^24", plain, 1.15, "torch AdamW, fused")
-    faster("plain step, 2^24", plain, 1.15, "DeepSpeed CPU Adam")
-    faster("plain step, 2^24", plain, 1.3, *keras)
-    faster("full step, 2^24", "full 2^24", 1.3, *keras)
-    faster("400 arrays of 256", "400 x 256", 60, "torch AdamW, fused")
-    faster("400 arrays of 256", "400 x 256", 200, "torch Adamax, foreach")
-    flat = rows.find("GPT-2 small", "adamax_ext, one flat array")
-    ratio = flat["ratio_to_ours"] if flat else None
-    line(
-        "GPT-2 small's 148 arrays: speed of that of one array as large",
-        0.97,
-        ratio["median"] if ratio else None,
-        ratio_text(ratio),
-        False,
-    )
-    for result in results["zero_gradients"]:
-        ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
-        what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"
-        line(what, 1.05 if ours else None, last, f"{last:.3f}", True)
-    for exponent in (14, 24):
-        one = rows.find(f"plain 2^{exponent}", OURS, 1)
-        ratio = one["ratio_to_ours"] if one and rows.threads > 1 else None
-        measured = ratio["median"] if ratio else None
-        what = f"plain step, 2^{exponent}: {rows.threads} threads, times as fast as one"
-        line(what, None, measured, ratio_text(ratio), False)
-    costs = [
-        row["seconds"]["median"] / row["elements"] * 1e9
-        for row in rows.curve(rows.ours)
-        if row["elements"] >= PAST_CACHES
-    ]
-    spread = max(costs) / min(costs) if costs else None
-    text = f"{spread:.2f} ({min(costs):.3f} to {max(costs):.3f} ns an element)" if spread else ""
-    line("cost of an element past the caches, dearest size to cheapest", None, spread, text, True)
-    return table(["promise", "goal", "measured (quartiles)", "met"], lines)
-
+from rows import Row, Rows, comparable_seconds, l2_mark, ratio_text, seconds_text, table
 
 # ---- Tables of bench/peers.py --------------------------------------------------------------------
 
@@ -108,6 +30,8 @@ def work_table(results: dict[str, Any], rows: list[Row]) -> str:
     own = Rows(results).own(rows[0]["work"])
     for row in sorted(rows, key=lambda row: comparable_seconds(row, own)):
         verdict = results["checks"][row["contestant"]]["full" if row["full"] else "plain"]
+        if row.get("timer") != rows[0].get("timer"):
+            verdict += f"; {row['timer']}"
         if row["state_bytes"] != rows[0]["state_bytes"]:
             verdict += f"; state of {row['state_bytes']} bytes"
         threads = f" ({row['threads']} thread)" if row["threads"] != results["threads"] else ""
@@ -132,7 +56,7 @@ def curve_table(rows: Rows) -> str:
         seconds = row["seconds"]["median"]
         lines.append(
             [
-                f"{row['elements']:,}",
+                f"{row['elements']:,}{l2_mark(row)}",
                 seconds_text(row["seconds"]),
                 f"{seconds / row['elements'] * 1e9:.3f}",
                 f"{row['bytes_per_element'] * row['elements'] / seconds / 1e9:.1f}",
@@ -140,6 +64,18 @@ def curve_table(rows: Rows) -> str:
             ]
         )
     return table(["elements", "time", "ns an element", "GB/s", "of the bound"], lines)
+
+
+def device_text(gpu: dict[str, Any]) -> str:
+    memory, l2 = gpu["memory_bytes"] / 2**30, gpu["l2_bytes"] / 2**20
+    return (
+        f"{gpu['name']}, {memory:.0f} GiB, L2 of {l2:.0f} MiB; driver and greatest clocks "
+        f"{gpu['driver_and_clocks']}. Times are the device's: of steps queued behind a sleep, by "
+        "events. Host time is until a step's call returns, with nothing queued before. The bound "
+        "is a copy on the device of as many bytes as a step reads and writes; of the norm, which "
+        "waits for its result, a copy or a read, whichever is faster. What is marked as in L2 "
+        "touches no more memory than that holds, and says nothing of the memory behind.\n"
+    )
 
 
 def peers_report(results: dict[str, Any]) -> str:
@@ -151,6 +87,7 @@ def peers_report(results: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"{machine['os']}, kernel {machine['kernel']}, Python {machine['python']}; "
         f"device {results['device']}, {results['threads']} threads.\n",
+        *([device_text(results["gpu"])] if results.get("gpu") else []),
         f"Versions: {versions}.\n",
         f"Build: {build}.\n",
         f"`{results['command']}`, {results['wall_seconds']:.0f} s. Medians, in parentheses "
@@ -159,8 +96,9 @@ def peers_report(results: dict[str, Any]) -> str:
         "arithmetic. Peak memory is what a work added to its process; what a library kept from an "
         "earlier work is not in it.\n",
     ]
-    if results["device"] == "cpu":
-        parts += ["## What is promised\n", promises(results)]
+    if not results.get("complete", True):
+        parts += ["**The run was cut short.**\n"]
+    parts += ["## What is promised\n", goals(results)]
     if results["missing"]:
         parts += ["## Missing\n"]
         parts += [f"- {name}: {reason}" for name, reason in results["missing"].items()] + [""]
@@ -170,18 +108,14 @@ def peers_report(results: dict[str, Any]) -> str:
         members = rows.of(work)
         if len(members) > 1:
             arrays = f"{members[0]['arrays']:,} arrays, " if members[0]["arrays"] > 1 else ""
-            title = f"## {work} ({arrays}{members[0]['elements']:,} elements)\n"
+            size = f"{arrays}{members[0]['elements']:,} elements"
+            title = f"## {work}{l2_mark(members[0])} ({size})\n"
             parts += [title, work_table(results, members)]
     if results["zero_gradients"]:
-        lines = [
-            [
-                z["contestant"],
-                seconds_text(z["first"]),
-                seconds_text(z["last"]),
-                f"{z['last_to_first']:.3f}",
-            ]
-            for z in results["zero_gradients"]
-        ]
+        lines = []
+        for z in results["zero_gradients"]:
+            ends = [seconds_text(z[end]) for end in ("first", "last")]
+            lines.append([z["contestant"], *ends, f"{z['last_to_first']:.3f}"])
         header = ["contestant", "first 100 steps", "last 100 of 1,200", "ratio"]
         parts += ["## Zero gradients\n", table(header, lines)]
     if results["training"]:
@@ -223,20 +157,14 @@ def harness_name(name: str) -> tuple[str, dict[str, str]]:
 
 # What is promised of the native step, without Python, on several threads: the benchmark's name, and
 # the least of its bound.
+_SIZE = r"/isa:\w+/threads:(?!1/)\d+/elements:"
+_STEP = "step/pair:bfloat16-bfloat16/work:plain"
 HARNESS_PROMISES = (
-    ("plain step in L2, 2^14", r"size/isa:\w+/threads:(?!1/)\d+/elements:16384", 0.8),
-    ("plain step, 2^24", r"size/isa:\w+/threads:(?!1/)\d+/elements:16777216", 0.97),
-    ("plain step, 2^26", r"size/isa:\w+/threads:(?!1/)\d+/elements:67108864", 0.97),
-    (
-        "full step, 2^24",
-        r"full/pair:float32-float32/isa:\w+/threads:(?!1/)\d+/elements:16777216",
-        0.93,
-    ),
-    (
-        "bfloat16 weights and gradients, 2^24",
-        r"step/pair:bfloat16-bfloat16/work:plain/isa:\w+/threads:(?!1/)\d+/elements:16777216",
-        0.9,
-    ),
+    ("plain step in L2, 2^14", f"size{_SIZE}{2**14}", 0.8),
+    ("plain step, 2^24", f"size{_SIZE}{2**24}", 0.97),
+    ("plain step, 2^26", f"size{_SIZE}{2**26}", 0.97),
+    ("full step, 2^24", f"full/pair:float32-float32{_SIZE}{2**24}", 0.93),
+    ("bfloat16 weights and gradients, 2^24", f"{_STEP}{_SIZE}{2**24}", 0.9),
 )
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-OURS = "adamax_ext"
+OURS, OURS_TORCH = "adamax_ext", "adamax_ext, torch tensors"
+FOREACH, FUSED = "torch Adamax, foreach", "torch AdamW, fused"
 Row = dict[str, Any]
 
 
@@ -52,6 +53,11 @@ def comparable_seconds(row: Row, own: Row | None) -> float:
 
 def bound_seconds(own: Row) -> float:
     return float(own["seconds"]["median"] * own["fraction_of_bound"]["median"])
+
+
+def l2_mark(row: Row) -> str:
+    """Return a note on rows whose memory a GPU's L2 holds; older files do not know."""
+    return " (in L2)" if row.get("in_l2") else ""
 
 
 # ---- Numbers as text -----------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from contestants import CONTESTANTS
 from contestants.base import RATE, Contestant, Work
+from machine import gpu
+from timers import timer_for
 
 ADAM_RATE = 0.002  # for training: Adam wants smaller steps
 PAUSE = 0.01  # seconds before a turn: threads of the process before have stopped spinning
@@ -30,11 +32,12 @@ MOST_BACKWARD = 10  # passes in a turn: they take longer than the steps that are
 def arrays_like(work: Work, seed: int) -> list[Any]:
     """Return arrays of the work's shapes; magnitudes of 0.1 and more keep epsilon small beside."""
     rng = np.random.default_rng(seed)
-    dtype = np.dtype(np.float32)
     if work.dtype == "bfloat16":
         import ml_dtypes
 
         dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        dtype = np.dtype(work.dtype)
     block = rng.standard_normal(min(work.elements, 2**20), np.float32)
     block = (block + np.copysign(np.float32(0.1), block)).astype(dtype)
     # Copies: of a small shape, resize() gives a view into a copy of the whole block.
@@ -53,9 +56,18 @@ class Worker:
     """The commands that bench/peers.py sends, a method each; arguments and results are JSON."""
 
     def __init__(self, name: str, device: str, threads: int) -> None:
+        self.cuda: Any = None  # torch.cuda, if it queues the steps
         self.kind, self.device, self.threads = CONTESTANTS[name], device, threads
         self.contestant: Contestant | None = None
         self.activations = np.ones(2**22, np.float32)  # more than a core's own caches hold
+
+    def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = getattr(self, do)(**arguments)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            return {"error": f"{type(error).__name__}: {text[:300]}"}
+        return answer
 
     def start(self) -> dict[str, Any]:
         """Set thread counts, and do a step so that everything is imported and built."""
@@ -63,6 +75,8 @@ class Worker:
             import torch
 
             torch.set_num_threads(self.threads)
+            if self.device == "cuda":
+                self.cuda = torch.cuda
         if "tensorflow" in self.kind.packages:
             import tensorflow as tf
 
@@ -77,7 +91,7 @@ class Worker:
         contestant.load(arrays_like(work, 1))
         contestant.step()
         contestant.finish()
-        return {}
+        return {"gpu": self.cuda and gpu(self.cuda)}
 
     def check(self, full: bool) -> dict[str, Any]:
         """Return the weights after three steps with different gradients."""
@@ -92,20 +106,23 @@ class Worker:
             raise RuntimeError("a step copies what it should write in place")
         return {"weights": np.concatenate([w.ravel() for w in contestant.weights()]).tolist()}
 
-    def setup(self, work: dict[str, Any], bound_library: str | None) -> dict[str, Any]:
+    def setup(self, work: dict[str, Any], bound: str | None) -> dict[str, Any]:
         """Allocate for a work."""
         self.work = Work.from_json(work)
+        self.timer = timer_for(self.work, self.cuda)
         self.resident_before = memory_of_process("VmRSS")
         contestant = self.kind(self.work, self.device, arrays_like(self.work, 0), RATE)
         contestant.load(arrays_like(self.work, 1))
         before_bound = memory_of_process("VmRSS")
-        self.turns = contestant.turns(bound_library, self.threads)
+        self.turns = contestant.turns(bound, self.threads)
         # Buffers of the bound alone are not the contestant's.
         self.resident_before += memory_of_process("VmRSS") - before_bound
         self.contestant, self.steps = contestant, dict[str, int]()
         state = contestant.state_bytes(self.work)
         return {
             "turns": list(self.turns),
+            "timer": self.timer.name,
+            "memory_bytes": self.work.memory_bytes(state),
             "state_bytes": state,
             "bytes_per_element": self.work.bytes_per_element(state),
         }
@@ -118,7 +135,7 @@ class Worker:
             seconds = self.timed(name, 1)
             if seconds < LEAST_TIMED:
                 seconds = min(seconds, self.timed(name, 1))
-            self.steps[name] = math.ceil(LEAST_TIMED / seconds)
+            self.steps[name] = min(math.ceil(LEAST_TIMED / seconds), self.timer.most_steps)
             if self.work.after_backward:
                 self.steps[name] = min(self.steps[name], MOST_BACKWARD)
             gc.collect()
@@ -137,11 +154,7 @@ class Worker:
                 self.activations += 1
                 self.contestant.backward()
                 finish()
-            start = time.perf_counter()
-            for _ in range(steps // passes):
-                work()
-            finish()
-            seconds += time.perf_counter() - start
+            seconds += self.timer.seconds(work, steps // passes, finish)
         return seconds / steps
 
     def teardown(self) -> dict[str, Any]:
@@ -152,6 +165,8 @@ class Worker:
         peak = memory_of_process("VmHWM") - self.resident_before
         self.contestant, self.turns = None, {}
         gc.collect()
+        if self.cuda is not None:
+            self.cuda.empty_cache()  # for the others' arrays
         return {"peak_bytes": peak if self.device == "cpu" else None}
 
     def zero_gradients(self, elements: int, steps: int) -> dict[str, Any]:
@@ -218,12 +233,7 @@ def main(arguments: Sequence[str]) -> int:
     os.dup2(2, 1)
     worker = Worker(name, device, int(threads))
     for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(worker, command.pop("do"))(**command)
-        except Exception as error:
-            text = " ".join(str(error).split())
-            answer = {"error": f"{type(error).__name__}: {text[:300]}"}
+        answer = worker.answer(**json.loads(line))
         with contextlib.suppress(BrokenPipeError):  # bench/peers.py was interrupted
             print(json.dumps(answer), file=answers, flush=True)
     return 0

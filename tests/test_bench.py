@@ -99,7 +99,7 @@ def test_contestant(name, packages):
         name,
         {"do": "check", "full": False},
         {"do": "check", "full": True},
-        {"do": "setup", "work": work, "bound_library": None},
+        {"do": "setup", "work": work, "bound": None},
         {"do": "turn", "name": "step"},
     )
     assert plain.keys() == full.keys() == {"weights"}, (plain, full)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 RATE, BETA_1, BETA_2, EPSILON = 0.01, 0.9, 0.999, 1e-7
+BETAS = (BETA_1, BETA_2)
 WEIGHT_DECAY, CLIP, EMA = 0.01, 1.0, 0.99
 # Unscaling doubles the gradients and clipping, which always applies, sets their norm to 1: a
 # library that does both in place finds the same gradients at every step, as in training.
@@ -20,6 +21,8 @@ FULL_OPTIONS: dict[str, Any] = {
     "ema_momentum": EMA,
 }
 
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
 Turns = dict[str, Callable[[], object]]  # what can be timed, by name
 
 
@@ -32,6 +35,9 @@ class Work:
     dtype: str = "float32"
     full: bool = False
     after_backward: bool = False  # each step; else steps follow each other
+    norm: bool = False  # no step, but the norm of all gradients
+    groups: bool = False  # each array is a group with settings of its own
+    host: bool = False  # timed until the call returns; else until the step has ended
 
     @property
     def elements(self) -> int:
@@ -39,8 +45,15 @@ class Work:
 
     def bytes_per_element(self, state: int) -> int:
         """Traffic of a step in one pass, and of one more over the gradients for their norm."""
-        weight = 2 if self.dtype == "bfloat16" else 4
+        weight = ITEMSIZES[self.dtype]
+        if self.norm:
+            return weight
         return 3 * weight + 4 * state + (weight + 2 * state if self.full else 0)
+
+    def memory_bytes(self, state: int) -> int:
+        """Return the size of the memory that a step touches, however often."""
+        weight = ITEMSIZES[self.dtype]
+        return self.elements * (weight if self.norm else 2 * weight + (2 + self.full) * state)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,10 +98,10 @@ class Contestant:
         """Where what a step should write in place lies, of a library that may copy it instead."""
         return []
 
-    def turns(self, bound_library: str | None, threads: int) -> Turns:
-        """What can be timed on these arrays."""
+    def turns(self, bound: str | None, threads: int) -> Turns:
+        """What can be timed on these arrays; `bound` is asked of ours (see duels.py)."""
         return {"step": self.step}
 
     def state_bytes(self, work: Work) -> int:
         """Bytes an element of the first moment; most keep it in the dtype of the weights."""
-        return 2 if work.dtype == "bfloat16" else 4
+        return ITEMSIZES[work.dtype]

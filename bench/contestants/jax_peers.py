@@ -17,7 +17,7 @@ from contestants.base import (
     Contestant,
     Work,
 )
-from contestants.torch_peers import backward
+from contestants.torch_peers import backward, wait
 
 
 class Jax(Contestant):
@@ -128,8 +128,7 @@ class KerasTorch(Keras):
             self.optimizer.apply(self.grads)
 
     def finish(self) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
+        wait(self.device)
 
 
 class KerasJax(Jax, Keras):

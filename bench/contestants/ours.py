@@ -1,22 +1,16 @@
 """adamax_ext on several kinds of memory, and the bound of its traffic."""
 
 import ctypes
+from collections.abc import Collection
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from contestants.base import (
-    BETA_1,
-    BETA_2,
-    EPSILON,
-    FULL_OPTIONS,
-    RATE,
-    Contestant,
-    Turns,
-    Work,
-)
-from contestants.torch_peers import backward, tensor
+from contestants.base import BETAS, EPSILON, FULL_OPTIONS, ITEMSIZES, RATE, Contestant, Turns, Work
+from contestants.torch_peers import backward, tensor, wait
+
+STATE_BYTES = {**dict.fromkeys(ITEMSIZES, 4), "float64": 8}
 
 
 class BoundStream(ctypes.Structure):
@@ -40,7 +34,7 @@ class AdamaxExt(Contestant):
 
         self.work, self.params = work, params
         self.optimizer = adamax_ext.Adamax(
-            rate, BETA_1, BETA_2, EPSILON, **(FULL_OPTIONS if work.full else {})
+            rate, *BETAS, EPSILON, **(FULL_OPTIONS if work.full else {})
         )
         self.optimizer.build(params)
 
@@ -54,23 +48,20 @@ class AdamaxExt(Contestant):
         return self.params
 
     def state_bytes(self, work: Work) -> int:
-        return 4
+        return STATE_BYTES[work.dtype]
 
-    def turns(self, bound_library: str | None, threads: int) -> Turns:
+    def turns(self, bound: str | None, threads: int) -> Turns:
         """The step, and the bound of its traffic in each of its variants.
 
         On the memory of the step if that is one array, so that physical pages are the same; many
         arrays are compared with one flat buffer.
         """
-        if bound_library is None:
+        if bound is None:
             return {"step": self.step}
-        library = ctypes.CDLL(bound_library)
+        library = ctypes.CDLL(bound)
         library.bound_pass.argtypes = [
-            ctypes.POINTER(BoundStream),
-            ctypes.c_int,
-            ctypes.c_int64,
-            ctypes.c_int,
-            ctypes.c_int,
+            *(ctypes.POINTER(BoundStream), ctypes.c_int, ctypes.c_int64),
+            *(ctypes.c_int, ctypes.c_int),
         ]
         if len(self.params) == 1:
             kinds = self.optimizer.state["variable_0"]
@@ -94,7 +85,7 @@ class AdamaxExt(Contestant):
         if self.work.full:
             passes.insert(0, streams(1))  # the norm
 
-        def bound(variant: int, count: int) -> None:
+        def do_bound(variant: int, count: int) -> None:
             for each in passes:
                 if not library.bound_pass(each, len(each), elements, count, variant):
                     raise ValueError(f"the bound is not built for the streams of {self.work.name}")
@@ -103,7 +94,7 @@ class AdamaxExt(Contestant):
         # As many threads as the step uses, which wakes one for each MiB that it reads.
         count = min(threads, max(1, 16 * elements // 2**20))
         for variant in range(library.bound_variants()):
-            turns[f"bound {variant}"] = partial(bound, variant, count)
+            turns[f"bound {variant}"] = partial(do_bound, variant, count)
         return turns
 
 
@@ -127,9 +118,7 @@ class AdamaxExtTorch(AdamaxExt):
     packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "torch")
 
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
-        import torch
-
-        self.device, self.torch = device, torch
+        self.device = device
         tensors = [tensor(p, device).requires_grad_(work.after_backward) for p in params]
         super().__init__(work, device, tensors, rate)
 
@@ -145,42 +134,58 @@ class AdamaxExtTorch(AdamaxExt):
         super().step()
 
     def finish(self) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
+        wait(self.device)
 
     def weights(self) -> list[Any]:
         return [p.detach().cpu().numpy() for p in self.params]
 
-    def turns(self, bound_library: str | None, threads: int) -> Turns:
-        if self.device == "cpu":
-            return {"step": self.step}
-        self.copy = DeviceCopy(self.work, self.device, [], RATE)
-        return {"step": self.step, "bound 0": self.copy.step}
+    def turns(self, bound: str | None, threads: int) -> Turns:
+        import adamax_ext
+
+        turns: Turns = {"step": self.step}
+        if self.work.norm:
+            turns = {"step": partial(adamax_ext.global_norm, self.grads)}
+        elif self.work.groups:
+            turns = {"step": Groups(self.params, self.optimizer.state.values(), self.grads).step}
+        return turns if bound is None else {**turns, **device_bounds(self.work, self.device)}
 
 
-class DeviceCopy(Contestant):
-    """The bound on a GPU: a copy on the device with the traffic of a step."""
+def device_bounds(work: Work, device: str) -> Turns:
+    """What moves the bytes of a step on a GPU: a copy; for a norm, which writes none, or a read."""
+    import torch
 
-    rule = "copy"
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    traffic = work.elements * work.bytes_per_element(STATE_BYTES[work.dtype])
+    memory = torch.empty(traffic, dtype=torch.uint8, device=device).random_()
+    source, target = memory.chunk(2)
+    turns: Turns = {"bound: device copy": partial(target.copy_, source)}
+    if work.norm:
+        turns["bound: device read"] = memory.view(torch.float32).sum
+    return turns
 
-    def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
-        import torch
 
-        self.torch = torch
-        half = work.elements * work.bytes_per_element(state=4) // 2
-        self.source = torch.ones(half, dtype=torch.uint8, device=device)
-        self.target = torch.empty_like(self.source)
+class Groups:
+    """A step on variables that are a group each: a word of the core, not of the optimizer yet."""
 
-    def load(self, grads: list[Any]) -> None:
-        pass
+    def __init__(self, params: list[Any], states: Collection[dict[str, Any]], grads: list[Any]):
+        from adamax_ext import _core
+
+        self.groups, self.call = tuple(_core.Group() for _ in params), _core.Call()
+        for group in self.groups:
+            group.learning_rate, group.epsilon = RATE, EPSILON
+            group.beta_1, group.beta_2 = BETAS
+        momentum, norm = ([state[kind] for state in states] for kind in ("momentum", "norm"))
+        self.plan = _core.Plan(
+            tuple(params),
+            [f"{i}" for i in range(len(params))],
+            range(len(params)),
+            momentum=momentum,
+            norm=norm,
+            averages=None,
+            accumulators=None,
+        )
+        self.grads = tuple(grads)
 
     def step(self) -> None:
-        self.target.copy_(self.source)
-
-    def finish(self) -> None:
-        self.torch.cuda.synchronize()
-
-    def state_bytes(self, work: Work) -> int:
-        return 4
+        for group in self.groups:
+            group.step += 1
+        self.plan.step(self.grads, None, self.groups, self.call)

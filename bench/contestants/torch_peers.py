@@ -4,17 +4,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from contestants.base import (
-    BETA_1,
-    BETA_2,
-    CLIP,
-    EMA,
-    EPSILON,
-    LOSS_SCALE,
-    WEIGHT_DECAY,
-    Contestant,
-    Work,
-)
+from contestants.base import BETAS, CLIP, EMA, EPSILON, LOSS_SCALE, WEIGHT_DECAY, Contestant, Work
 
 
 def tensor(array: Any, device: str) -> Any:
@@ -24,6 +14,14 @@ def tensor(array: Any, device: str) -> Any:
     if array.dtype.name == "bfloat16":  # which torch does not know from NumPy
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(array).to(device)
+
+
+def wait(device: str) -> None:
+    """Wait for what is queued on the device."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def backward(leaves: list[Any]) -> None:
@@ -46,6 +44,7 @@ class Torch(Contestant):
 
         self.torch, self.device, self.full, self.rate = torch, device, work.full, rate
         self.params = [torch.nn.Parameter(tensor(p, device)) for p in params]
+        self.groups = [{"params": [p]} for p in self.params] if work.groups else self.params
         self.averages = [p.detach().clone() for p in self.params] if work.full else []
         self.optimizer = self.make_optimizer()
 
@@ -53,8 +52,7 @@ class Torch(Contestant):
         raise NotImplementedError
 
     def adamax(self, foreach: bool) -> Any:
-        betas = (BETA_1, BETA_2)
-        return self.torch.optim.Adamax(self.params, self.rate, betas, EPSILON, foreach=foreach)
+        return self.torch.optim.Adamax(self.groups, self.rate, BETAS, EPSILON, foreach=foreach)
 
     def load(self, grads: list[Any]) -> None:
         for p, g in zip(self.params, grads, strict=True):
@@ -80,8 +78,7 @@ class Torch(Contestant):
             torch._foreach_lerp_(self.averages, self.params, 1 - EMA)
 
     def finish(self) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
+        wait(self.device)
 
     def weights(self) -> list[Any]:
         return [p.detach().cpu().numpy() for p in self.params]
@@ -108,7 +105,7 @@ class TorchCompiled(Torch):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         rate = torch.tensor(self.rate, device=self.device)  # a number would be compiled in
         optimizer = torch.optim.Adamax(
-            self.params, rate, (BETA_1, BETA_2), EPSILON, foreach=True, capturable=True
+            self.params, rate, BETAS, EPSILON, foreach=True, capturable=True
         )
         self.step = torch.compile(super().step)  # type: ignore[method-assign]
         return optimizer
@@ -122,9 +119,7 @@ class TorchAdamW(Torch):
 
     def make_optimizer(self) -> Any:
         decay = WEIGHT_DECAY if self.full else 0.0
-        return self.torch.optim.AdamW(
-            self.params, self.rate, (BETA_1, BETA_2), EPSILON, decay, fused=True
-        )
+        return self.torch.optim.AdamW(self.groups, self.rate, BETAS, EPSILON, decay, fused=True)
 
 
 class DeepSpeed(Torch):
@@ -141,7 +136,7 @@ class DeepSpeed(Torch):
 
         decay = WEIGHT_DECAY if self.full else 0.0
         return DeepSpeedCPUAdam(
-            self.params, self.rate, betas=(BETA_1, BETA_2), eps=EPSILON, weight_decay=decay
+            self.params, self.rate, betas=BETAS, eps=EPSILON, weight_decay=decay
         )
 
     def state_bytes(self, work: Work) -> int:

@@ -1,0 +1,111 @@
+"""What is promised of a step on each device, and whether a run of bench/peers.py kept it."""
+
+from typing import Any
+
+from rows import FOREACH, FUSED, OURS, Rows, l2_mark, ratio_text, seconds_text, table
+
+PAST_CACHES = 2**23  # elements: four float32 arrays of these are more than caches hold
+Real = float | None
+
+
+class Goals:
+    """A table of them."""
+
+    def __init__(self, results: dict[str, Any], kept: str, missed: str) -> None:
+        self.rows, self.kept, self.missed = Rows(results), kept, missed
+        self.lines: list[list[str]] = []
+
+    def line(self, what: str, goal: Real, measured: Real, text: str, at_most: bool = False) -> None:
+        """Add a line; a goal is met from it upwards, or from it downwards."""
+        met = ""
+        if measured is None:
+            text, met = "not measured", "unknown" if goal is not None else ""
+        elif goal is not None:
+            is_met = measured <= goal if at_most else measured >= goal
+            met = self.kept if is_met else self.missed
+        sign = "at most" if at_most else "at least"
+        self.lines.append([what, "" if goal is None else f"{sign} {goal:g}", text, met])
+
+    def ratio(self, what: str, goal: Real, ratio: dict[str, float] | None) -> None:
+        self.line(what, goal, ratio["median"] if ratio else None, ratio_text(ratio))
+
+    def bound(self, what: str, work: str, goal: float) -> None:
+        row = self.rows.own(work)
+        self.ratio(f"{what}: of the bound", goal, row["fraction_of_bound"] if row else None)
+
+    def faster(self, what: str, work: str, goal: Real, *peers: str) -> None:
+        """Against the fastest of `peers`."""
+        rows = [row for peer in peers if (row := self.rows.find(work, peer))]
+        found = [row for row in rows if row["ratio_to_ours"]]
+        best = min(found, key=lambda row: row["ratio_to_ours"]["median"], default=None)
+        who = best["contestant"] if best else " or ".join(peers)
+        ratio = best["ratio_to_ours"] if best else None
+        self.ratio(f"{what}: times as fast as {who}", goal, ratio)
+
+    def table(self) -> str:
+        return table(["promise", "goal", "measured (quartiles)", "met"], self.lines)
+
+
+def cuda_goals(results: dict[str, Any]) -> str:
+    goals = Goals(results, "met", "**MISSED**")
+    rows = goals.rows
+    goals.bound("plain step, 2^28", "plain 2^28", 0.92)
+    goals.bound("full step, 2^28", "full 2^28", 0.88)
+    goals.bound("norm alone, 2^28", "norm 2^28", 0.9)
+    many = rows.own("400 x 256")
+    seconds = many["seconds"] if many else None
+    text, micros = (seconds_text(seconds), seconds["median"] * 1e6) if seconds else ("", None)
+    goals.line("400 arrays of 256: µs", 20, micros, text, at_most=True)
+    goals.faster("plain step, 2^28", "plain 2^28", 3, FOREACH)
+    for work in rows.works():
+        own, fused = rows.own(work), rows.find(work, FUSED)
+        if not own or not fused or work.startswith("host time"):
+            continue
+        if own["state_bytes"] == fused["state_bytes"]:  # else the other does less
+            goals.faster(f"{work}{l2_mark(own)}", work, 1, FUSED)
+    return goals.table()
+
+
+def cpu_goals(results: dict[str, Any]) -> str:
+    goals = Goals(results, "yes", "**no**")
+    rows, bound, faster = goals.rows, goals.bound, goals.faster
+    keras = [f"Keras Adamax, {backend}" for backend in ("JAX", "torch", "TensorFlow")]
+    bound("plain step, 2^24", "plain 2^24", 0.97)
+    bound("plain step, 2^26", "plain 2^26", 0.97)
+    bound("full step, 2^24", "full 2^24", 0.93)
+    bound("bfloat16 weights and gradients, 2^24", "bfloat16 2^24", 0.9)
+    plain = "plain 2^24"
+    faster("plain step, 2^24", plain, 5.5, FOREACH)
+    faster("plain step, 2^24", plain, 1.5, "torch Adamax, compiled")
+    faster("plain step, 2^24", plain, 1.5, "optax adamax, jit")
+    faster("plain step, 2^24", plain, 1.15, FUSED)
+    faster("plain step, 2^24", plain, 1.15, "DeepSpeed CPU Adam")
+    faster("plain step, 2^24", plain, 1.3, *keras)
+    faster("full step, 2^24", "full 2^24", 1.3, *keras)
+    faster("400 arrays of 256", "400 x 256", 60, FUSED)
+    faster("400 arrays of 256", "400 x 256", 200, FOREACH)
+    flat = rows.find("GPT-2 small", "adamax_ext, one flat array")
+    what = "GPT-2 small's 148 arrays: speed of that of one array as large"
+    goals.ratio(what, 0.97, flat["ratio_to_ours"] if flat else None)
+    for result in results["zero_gradients"]:
+        ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
+        what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"
+        goals.line(what, 1.05 if ours else None, last, f"{last:.3f}", at_most=True)
+    for exponent in (14, 24):
+        one = rows.find(f"plain 2^{exponent}", OURS, 1)
+        what = f"plain step, 2^{exponent}: {rows.threads} threads, times as fast as one"
+        goals.ratio(what, None, one["ratio_to_ours"] if one and rows.threads > 1 else None)
+    costs = [
+        row["seconds"]["median"] / row["elements"] * 1e9
+        for row in rows.curve(rows.ours)
+        if row["elements"] >= PAST_CACHES
+    ]
+    spread = max(costs) / min(costs) if costs else None
+    text = f"{spread:.2f} ({min(costs):.3f} to {max(costs):.3f} ns an element)" if spread else ""
+    what = "cost of an element past the caches, dearest size to cheapest"
+    goals.line(what, None, spread, text, at_most=True)
+    return goals.table()
+
+
+def goals(results: dict[str, Any]) -> str:
+    return cpu_goals(results) if results["device"] == "cpu" else cuda_goals(results)
