@@ -16,69 +16,30 @@ from support import reference
 from support.bits import (
     PAIRS,
     bits,
-    compute_dtype,
     dtype_of,
     every_dtype,
     every_pair,
     is_testable,
-    rounded,
     spread,
 )
 from support.isas import each_thread_count, every_isa, run_on
-from support.steps import RULES, SETTINGS, assert_same_step, do_update, random_arrays
+from support.steps import (
+    RULES,
+    SETTINGS,
+    assert_same_step,
+    check_rules,
+    check_special_values,
+    do_update,
+    random_arrays,
+)
 
 # ---- Rules, pairs, values ---------------------------------------------------------------------
-
-
-def check_rules(param, grad):
-    rng = np.random.default_rng(1)
-    for rule, with_average, clipvalue, grad_scale in itertools.product(
-        RULES, (False, True), (None, 0.61), (1.0, 0.37)
-    ):
-        arrays = random_arrays(rng, 515, param, grad)
-        if not with_average:
-            del arrays["average"]
-        changes = {**SETTINGS, **rule, "clipvalue": clipvalue, "grad_scale": grad_scale}
-        for step in (1, 2, 3, 7, 1000, 2**40):
-            arrays["grad"] = spread(rng, 515, dtype_of(grad))
-            assert_same_step(arrays, f"step {step} of {changes}", step=step, **changes)
 
 
 @every_isa
 @every_pair
 def test_every_rule_and_pair(isa, param, grad):
     run_on(isa, check_rules, param, grad)
-
-
-def special_values(dtype):
-    T = compute_dtype(dtype).type
-    info, limit = np.finfo(T), T(reference.tiny(T))
-    tenth, most = T(0.1), info.max
-    return np.array(
-        (
-            *(np.nan, np.inf, -np.inf, most, -most, 0.0, -0.0, 1.0, -tenth, 7e-8),
-            *(info.smallest_subnormal, -info.tiny / 4, info.tiny),
-            *(limit, np.nextafter(limit, T(0)), -2 * limit),
-        ),
-        T,
-    )
-
-
-def check_special_values(param, grad):
-    table = special_values(dtype_of(param))
-    w, g, m, u = (axis.ravel() for axis in np.meshgrid(table, table, table, table))
-    fresh = {
-        "param": rounded(w, dtype_of(param)),
-        "grad": rounded(g, dtype_of(grad)),
-        "m": m,
-        "u": u,
-        "average": u[::-1].copy(),
-    }
-    for rule, clipvalue in itertools.product(RULES, (None, 0.05)):
-        arrays = {name: array.copy() for name, array in fresh.items()}
-        for step in (2, 1):
-            label = f"step {step} of {rule}, clipvalue {clipvalue}"
-            assert_same_step(arrays, label, step=step, clipvalue=clipvalue, **SETTINGS, **rule)
 
 
 @every_isa

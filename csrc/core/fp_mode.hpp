@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
+#elif defined(__aarch64__)
+#include <cstdint>
 #else
 #include <cfenv>
 #endif
@@ -20,6 +22,18 @@ class FloatingPointMode {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  // Not by fesetenv(): it leaves the bits for half precision and for NaN as they are.
+  FloatingPointMode() {
+    asm volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(mode_), "=r"(flags_) : : "memory");
+    asm volatile("msr fpcr, xzr" : : : "memory");
+  }
+  ~FloatingPointMode() {
+    asm volatile("msr fpcr, %0\n\tmsr fpsr, %1" : : "r"(mode_), "r"(flags_) : "memory");
+  }
+
+ private:
+  std::uint64_t mode_, flags_;
 #else
   FloatingPointMode() {
     std::fegetenv(&saved_);

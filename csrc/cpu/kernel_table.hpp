@@ -24,22 +24,12 @@ using SquaresKernel = bool (*)(const Arrays&, std::int64_t begin, std::int64_t e
 
 struct KernelTable {
   const char* isa;
+  const char* features;  // of the processor that its code needs, separated by spaces
   // A loop is compiled for each set of memory streams; the rules are a switch above the loop.
   Kernel update[kNumStorages][2][2];     // without and with an average, an accumulator
   Kernel accumulate[kNumDTypes];         // by the gradient's dtype
   Kernel average[kNumDTypes];            // by the parameter's dtype
   SquaresKernel squares[kNumDTypes][2];  // by the gradient's dtype; whether finiteness is asked for
 };
-
-// One a unit; only those compiled for this processor family exist.
-namespace scalar {
-extern const KernelTable kTable;
-}
-namespace avx2 {
-extern const KernelTable kTable;
-}
-namespace avx512 {
-extern const KernelTable kTable;
-}
 
 }  // namespace adamax::cpu

@@ -270,10 +270,12 @@ constexpr void fill_updates(Kernel (&update)[2][2]) {
 }
 
 template <int... storages, int... dtypes>
-constexpr KernelTable fill_table(const char* isa, std::integer_sequence<int, storages...>,
+constexpr KernelTable fill_table(const char* isa, const char* features,
+                                 std::integer_sequence<int, storages...>,
                                  std::integer_sequence<int, dtypes...>) {
   KernelTable table{};
   table.isa = isa;
+  table.features = features;
   (fill_updates<kStorages[storages]>(table.update[storages]), ...);
   ((table.accumulate[dtypes] = accumulate_loop<static_cast<DType>(dtypes)>), ...);
   ((table.average[dtypes] = average_loop<static_cast<DType>(dtypes)>), ...);
@@ -282,7 +284,7 @@ constexpr KernelTable fill_table(const char* isa, std::integer_sequence<int, sto
   return table;
 }
 
-constexpr KernelTable make_table(const char* isa) {
-  return fill_table(isa, std::make_integer_sequence<int, kNumStorages>{},
+constexpr KernelTable make_table(const char* isa, const char* features) {
+  return fill_table(isa, features, std::make_integer_sequence<int, kNumStorages>{},
                     std::make_integer_sequence<int, kNumDTypes>{});
 }

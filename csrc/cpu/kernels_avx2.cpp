@@ -1,13 +1,47 @@
-// The kernels with 8 floats or 4 doubles at a time (needs AVX2 and F16C).
+// The kernels with 8 floats or 4 doubles at a time.
+#include <immintrin.h>
+
 #include <utility>
 
 #include "core/update_rule.hpp"
 #include "cpu/kernel_table.hpp"
-#include "cpu/vec_avx2.hpp"
 
 namespace adamax::cpu::avx2 {
 namespace {
-#include "cpu/kernels.inl"
+
+constexpr int kVectorBytes = 32;
+#include "cpu/vec.inl"
+
+inline Floats magnitude(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline Doubles magnitude(Doubles x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+
+// maxps returns its second operand when either is NaN.
+inline Floats larger(Floats a, Floats b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 }
-constexpr KernelTable kTable = make_table("avx2");
+inline Doubles larger(Doubles a, Doubles b) {
+  return _mm256_blendv_pd(_mm256_max_pd(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
+}
+
+inline Floats from_float16(Words x) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(x)); }
+inline Words to_float16(Floats x) {
+  return reinterpret_cast<Words>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline FloatBits extended(Words x) {
+  return reinterpret_cast<FloatBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+}
+inline Words truncated(FloatBits x) {
+  const auto words = reinterpret_cast<__m256i>(x);
+  return reinterpret_cast<Words>(
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+inline Doubles lower_half(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+inline Doubles upper_half(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+
+#include "cpu/kernels.inl"
+
+}  // namespace
+extern constexpr KernelTable kTable = make_table("avx2", "avx2 f16c");
 }  // namespace adamax::cpu::avx2

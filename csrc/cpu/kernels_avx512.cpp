@@ -1,13 +1,46 @@
-// The kernels with 16 floats or 8 doubles at a time (needs AVX-512 F, BW, DQ and VL).
+// The kernels with 16 floats or 8 doubles at a time.
+#include <immintrin.h>
+
 #include <utility>
 
 #include "core/update_rule.hpp"
 #include "cpu/kernel_table.hpp"
-#include "cpu/vec_avx512.hpp"
 
 namespace adamax::cpu::avx512 {
 namespace {
-#include "cpu/kernels.inl"
+
+constexpr int kVectorBytes = 64;
+#include "cpu/vec.inl"
+
+inline Floats magnitude(Floats x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x); }
+inline Doubles magnitude(Doubles x) { return _mm512_andnot_pd(_mm512_set1_pd(-0.0), x); }
+
+// maxps returns its second operand when either is NaN.
+inline Floats larger(Floats a, Floats b) {
+  return _mm512_mask_max_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, b);
 }
-constexpr KernelTable kTable = make_table("avx512");
+inline Doubles larger(Doubles a, Doubles b) {
+  return _mm512_mask_max_pd(a, _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a, b);
+}
+
+inline Floats from_float16(Words x) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(x)); }
+inline Words to_float16(Floats x) {
+  return reinterpret_cast<Words>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline FloatBits extended(Words x) {
+  return reinterpret_cast<FloatBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+}
+inline Words truncated(FloatBits x) {
+  return reinterpret_cast<Words>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+}
+
+inline Doubles lower_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline Doubles upper_half(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+
+#include "cpu/kernels.inl"
+
+}  // namespace
+extern constexpr KernelTable kTable =
+    make_table("avx512", "avx512f avx512bw avx512dq avx512vl f16c");
 }  // namespace adamax::cpu::avx512

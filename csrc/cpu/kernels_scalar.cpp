@@ -12,5 +12,5 @@ using adamax::scalar::F64;
 using adamax::scalar::widen;
 #include "cpu/kernels.inl"
 }  // namespace
-constexpr KernelTable kTable = make_table("scalar");
+extern constexpr KernelTable kTable = make_table("scalar", "");
 }  // namespace adamax::cpu::scalar

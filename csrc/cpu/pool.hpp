@@ -18,6 +18,8 @@ inline void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t ol
     if (value.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
   }
   value.wait(old, std::memory_order_acquire);

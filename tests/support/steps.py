@@ -1,5 +1,7 @@
 """The functional step beside the program."""
 
+import itertools
+
 import adamax_ext
 import numpy as np
 
@@ -45,10 +47,10 @@ def do_update(arrays, *, ema_momentum=EMA_MOMENTUM, **settings):
     adamax_ext.update(**arrays, ema_momentum=ema_momentum, **settings)
 
 
-def assert_same_step(arrays, label, **settings):
+def assert_same_step(arrays, label, update=do_update, **settings):
     """Do one step on `arrays` in place and require the bits of the program; return them."""
     expected = expected_update(arrays, **settings)
-    do_update(arrays, **settings)
+    update(arrays, **settings)
     for name, array in arrays.items():
         assert_same_bits(array, expected[name], f"{name} after {label}")
     return arrays
@@ -63,3 +65,51 @@ def random_arrays(rng, size, param, grad):
         "u": np.abs(spread(rng, size, T, high=0.5)),
         "average": spread(rng, size, T),
     }
+
+
+def check_rules(param, grad, update=do_update):
+    """Every rule, with and without an average, unscaling and clipping, for several steps."""
+    rng = np.random.default_rng(1)
+    for rule, with_average, clipvalue, grad_scale in itertools.product(
+        RULES, (False, True), (None, 0.61), (1.0, 0.37)
+    ):
+        arrays = random_arrays(rng, 515, param, grad)
+        if not with_average:
+            del arrays["average"]
+        changes = {**SETTINGS, **rule, "clipvalue": clipvalue, "grad_scale": grad_scale}
+        for step in (1, 2, 3, 7, 1000, 2**40):
+            arrays["grad"] = spread(rng, 515, dtype_of(grad))
+            assert_same_step(arrays, f"step {step} of {changes}", update, step=step, **changes)
+
+
+def special_values(dtype):
+    T = compute_dtype(dtype).type
+    info, limit = np.finfo(T), T(reference.tiny(T))
+    tenth, most = T(0.1), info.max
+    return np.array(
+        (
+            *(np.nan, np.inf, -np.inf, most, -most, 0.0, -0.0, 1.0, -tenth, 7e-8),
+            *(info.smallest_subnormal, -info.tiny / 4, info.tiny),
+            *(limit, np.nextafter(limit, T(0)), -2 * limit),
+        ),
+        T,
+    )
+
+
+def check_special_values(param, grad, update=do_update):
+    """All combinations of special values of the weight, the gradient and the state."""
+    table = special_values(dtype_of(param))
+    w, g, m, u = (axis.ravel() for axis in np.meshgrid(table, table, table, table))
+    fresh = {
+        "param": rounded(w, dtype_of(param)),
+        "grad": rounded(g, dtype_of(grad)),
+        "m": m,
+        "u": u,
+        "average": u[::-1].copy(),
+    }
+    for rule, clipvalue in itertools.product(RULES, (None, 0.05)):
+        arrays = {name: array.copy() for name, array in fresh.items()}
+        for step in (2, 1):
+            label = f"step {step} of {rule}, clipvalue {clipvalue}"
+            changes = {**SETTINGS, **rule, "clipvalue": clipvalue, "step": step}
+            assert_same_step(arrays, label, update, **changes)

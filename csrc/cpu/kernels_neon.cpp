@@ -1,0 +1,35 @@
+// The kernels with 4 floats or 2 doubles at a time, for AArch64, of which Advanced SIMD is a part.
+#include <arm_neon.h>
+
+#include <utility>
+
+#include "core/update_rule.hpp"
+#include "cpu/kernel_table.hpp"
+
+namespace adamax::cpu::neon {
+namespace {
+
+constexpr int kVectorBytes = 16;
+#include "cpu/vec.inl"
+
+inline Floats magnitude(Floats x) { return vabsq_f32(x); }
+inline Doubles magnitude(Doubles x) { return vabsq_f64(x); }
+
+// fmax returns NaN when either is.
+inline Floats larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
+inline Doubles larger(Doubles a, Doubles b) { return vmaxq_f64(a, b); }
+
+inline Floats from_float16(Words x) { return vcvt_f32_f16(reinterpret_cast<float16x4_t>(x)); }
+inline Words to_float16(Floats x) { return reinterpret_cast<Words>(vcvt_f16_f32(x)); }
+
+inline FloatBits extended(Words x) { return vmovl_u16(x); }
+inline Words truncated(FloatBits x) { return vmovn_u32(x); }
+
+inline Doubles lower_half(Floats x) { return vcvt_f64_f32(vget_low_f32(x)); }
+inline Doubles upper_half(Floats x) { return vcvt_high_f64_f32(x); }
+
+#include "cpu/kernels.inl"
+
+}  // namespace
+extern constexpr KernelTable kTable = make_table("neon", "");
+}  // namespace adamax::cpu::neon

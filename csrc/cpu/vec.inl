@@ -1,0 +1,99 @@
+// Vectors of kVectorBytes in the compiler's vector types: the words of the formula for any
+// instruction set.
+//
+// Included inside an unnamed namespace after kVectorBytes, and followed by the definition of what
+// is only declared here: each unit says that in its own instructions, because compilers make worse
+// code of anything that could be written here.
+
+using Floats [[gnu::vector_size(kVectorBytes)]] = float;
+using Doubles [[gnu::vector_size(kVectorBytes)]] = double;
+using FloatBits [[gnu::vector_size(kVectorBytes)]] = std::uint32_t;
+using Words [[gnu::vector_size(kVectorBytes / 2)]] = std::uint16_t;  // as many as Floats
+
+Floats magnitude(Floats x);
+Doubles magnitude(Doubles x);
+// The larger one; NaN if either is. `b` is not -0: which zero is returned is left open.
+Floats larger(Floats a, Floats b);
+Doubles larger(Doubles a, Doubles b);
+// IEEE half precision, to the nearest.
+Floats from_float16(Words x);
+Words to_float16(Floats x);
+// Zeros above, and without what is above, which is zero.
+FloatBits extended(Words x);
+Words truncated(FloatBits x);
+Doubles lower_half(Floats x);
+Doubles upper_half(Floats x);
+
+template <class T, class Lanes>
+struct Vec {
+  using Scalar = T;
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  Lanes v;
+
+  Vec() = default;
+  explicit Vec(T value) : v(value - Lanes{}) {}  // a sum with zeros would lose the sign of -0
+  explicit Vec(Lanes value) : v(value) {}
+
+  static Vec load(const T* p) { return Vec(at<Lanes>(p).v); }
+  template <class Half>
+  static Vec load(const Half* p) {
+    return from(at<Words>(p).v, Half{});
+  }
+  void store(T* p) const { at<Lanes>(p).v = v; }
+  template <class Half>
+  void store(Half* p) const {
+    at<Words>(p).v = to(Half{});
+  }
+
+  // The value as a store to that type and a load would give it back.
+  Vec rounded_to(const T*) const { return *this; }
+  template <class Half>
+  Vec rounded_to(const Half*) const {
+    return from(to(Half{}), Half{});
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend Vec abs(Vec a) { return Vec(magnitude(a.v)); }
+  friend Vec maximum(Vec a, Vec b) { return Vec(larger(a.v, b.v)); }
+  friend Vec clamp(Vec a, Vec limit) {  // NaN compares false, and stays
+    const Lanes raised = -limit.v > a.v ? -limit.v : a.v;
+    return Vec(limit.v < raised ? limit.v : raised);
+  }
+  friend Vec zero_below(Vec a, Vec tiny) { return Vec(abs(a).v < tiny.v ? Lanes{} : a.v); }
+
+ private:
+  // Memory of any alignment and type. Not by memcpy(), whose moves are those of integers.
+  template <class V>
+  struct [[gnu::packed, gnu::may_alias]] Unaligned {
+    V v;
+  };
+  template <class V>
+  static const Unaligned<V>& at(const void* p) {
+    return *static_cast<const Unaligned<V>*>(p);
+  }
+  template <class V>
+  static Unaligned<V>& at(void* p) {
+    return *static_cast<Unaligned<V>*>(p);
+  }
+  static Vec from(Words x, Float16) { return Vec(from_float16(x)); }
+  static Vec from(Words x, BFloat16) { return Vec(reinterpret_cast<Lanes>(extended(x) << 16)); }
+  Words to(Float16) const { return to_float16(v); }
+  Words to(BFloat16) const {
+    const auto bits = reinterpret_cast<FloatBits>(v);
+    const FloatBits high = bits >> 16;
+    const FloatBits rounded = (bits + (0x7fff + (high & 1))) >> 16;
+    return truncated(v != v ? high | 0x40 : rounded);
+  }
+};
+
+using F32 = Vec<float, Floats>;
+using F64 = Vec<double, Doubles>;
+
+inline void widen(F32 a, F64* wide) {
+  wide[0] = F64(lower_half(a.v));
+  wide[1] = F64(upper_half(a.v));
+}
+inline void widen(F64 a, F64* wide) { wide[0] = a; }
