@@ -12,9 +12,10 @@
 
 namespace adamax::cpu {
 
-// Each works on elements [begin, end) of one variable. `clip` is its clip-by-norm coefficient.
+// Each works on elements [begin, end) of one variable. `clip` is its clip-by-norm coefficient, and
+// memory is prefetched `ahead` bytes early.
 using Kernel = void (*)(const Arrays&, std::int64_t begin, std::int64_t end, const Scalars&,
-                        double clip);
+                        double clip, std::int64_t ahead);
 
 // Sums of squares of the unscaled gradient (averaged, if there is an accumulator), one a block.
 // `begin` is a multiple of kBlock. Returns whether every element of the gradient as it is passed is

@@ -43,14 +43,12 @@ template <class V, class Body>
 }
 
 // Note [Prefetch]: the hardware prefetchers stop at every 4 KiB page, and one to six streams share
-// them. Asking for each line a few early keeps memory busy across pages; bench/cpp measured 64 to
-// 8192 bytes. A prefetch past the end of an array does not fault and reads nothing.
-constexpr std::int64_t kPrefetchBytes = 384;
-
+// them. Asking for each line a few early, `ahead` in bytes, keeps memory busy across pages. A
+// prefetch past the end of an array does not fault and reads nothing. run.cpp says how far.
 template <class V, class S>
-[[gnu::always_inline]] inline void prefetch(const S* p) {
+[[gnu::always_inline]] inline void prefetch(const S* p, std::int64_t ahead) {
   if constexpr (V::kLanes > 1) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
   }
 }
 
@@ -72,7 +70,7 @@ struct Touched {
 
 template <Storage storage, Touched touched, DecayRule decay, EpsilonRule epsilon>
 void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, const Scalars& scalars,
-                 double clip) {
+                 double clip, std::int64_t ahead) {
   using T = typename TypeOf<storage.param>::Compute;
   using V = typename VectorOf<T>::Type;
   using Param = typename TypeOf<storage.param>::Stored;
@@ -88,10 +86,10 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
   const bool overwrite = scalars.overwrite;
 
   for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
-    prefetch<V>(param + i);
-    if constexpr (touched.grad) prefetch<V>(grad + i);
-    prefetch<V>(momentum + i);
-    prefetch<V>(norm + i);
+    prefetch<V>(param + i, ahead);
+    if constexpr (touched.grad) prefetch<V>(grad + i, ahead);
+    prefetch<V>(momentum + i, ahead);
+    prefetch<V>(norm + i, ahead);
     V h(T(0));
     if constexpr (touched.grad) {
       h = access.template load<V>(grad + i);
@@ -101,7 +99,7 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
     V m = access.template load<V>(momentum + i);
     V u = access.template load<V>(norm + i);
     if constexpr (touched.accumulator) {
-      prefetch<V>(accumulator + i);
+      prefetch<V>(accumulator + i, ahead);
       h = (access.template load<V>(accumulator + i) + h) * s.mean_scale;
       access.store(V(T(0)), accumulator + i);
     }
@@ -109,7 +107,7 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
     access.store(m, momentum + i);
     access.store(u, norm + i);
     if constexpr (touched.average) {
-      prefetch<V>(averages + i);
+      prefetch<V>(averages + i, ahead);
       w = w.rounded_to(param);
       V average = access.template load<V>(averages + i);
       update_average(average, w, mode, s);
@@ -122,13 +120,14 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
 
 template <Storage storage, Touched touched>
 void update_by_rule(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                    const Scalars& scalars, double clip) {
+                    const Scalars& scalars, double clip, std::int64_t ahead) {
   const auto run = [&]<DecayRule decay>() {
     if (scalars.epsilon_rule == EpsilonRule::kInside) {
-      update_loop<storage, touched, decay, EpsilonRule::kInside>(memory, begin, end, scalars, clip);
+      update_loop<storage, touched, decay, EpsilonRule::kInside>(memory, begin, end, scalars, clip,
+                                                                 ahead);
     } else {
-      update_loop<storage, touched, decay, EpsilonRule::kOutside>(memory, begin, end, scalars,
-                                                                  clip);
+      update_loop<storage, touched, decay, EpsilonRule::kOutside>(memory, begin, end, scalars, clip,
+                                                                  ahead);
     }
   };
   switch (scalars.decay_rule) {
@@ -143,29 +142,30 @@ void update_by_rule(const Arrays& memory, std::int64_t begin, std::int64_t end,
 
 template <Storage storage, bool average, bool accumulator>
 void update_variable(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                     const Scalars& scalars, double clip) {
+                     const Scalars& scalars, double clip, std::int64_t ahead) {
   // A gradient that is not there has the type of the accumulator.
   if constexpr (accumulator && storage.grad == storage.state) {
     if (memory.grad == nullptr) {
       return update_by_rule<storage, Touched{false, average, true}>(memory, begin, end, scalars,
-                                                                    clip);
+                                                                    clip, ahead);
     }
   }
-  update_by_rule<storage, Touched{true, average, accumulator}>(memory, begin, end, scalars, clip);
+  update_by_rule<storage, Touched{true, average, accumulator}>(memory, begin, end, scalars, clip,
+                                                               ahead);
 }
 
 // accumulator += grad * grad_scale
 template <DType grad_dtype>
 void accumulate_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                     const Scalars& scalars, double) {
+                     const Scalars& scalars, double, std::int64_t ahead) {
   using T = typename TypeOf<grad_dtype>::Compute;
   using V = typename VectorOf<T>::Type;
   auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
   auto* const accumulator = static_cast<T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
   for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
-    prefetch<V>(grad + i);
-    prefetch<V>(accumulator + i);
+    prefetch<V>(grad + i, ahead);
+    prefetch<V>(accumulator + i, ahead);
     const V h = access.template load<V>(grad + i) * s.grad_scale;
     access.store(access.template load<V>(accumulator + i) + h, accumulator + i);
   });
@@ -174,7 +174,7 @@ void accumulate_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
 // The average alone, for variables without a gradient.
 template <DType dtype>
 void average_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                  const Scalars& scalars, double) {
+                  const Scalars& scalars, double, std::int64_t) {
   using T = typename TypeOf<dtype>::Compute;
   using V = typename VectorOf<T>::Type;
   auto* const param = static_cast<typename TypeOf<dtype>::Stored*>(memory.param);
@@ -196,6 +196,7 @@ bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
   auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
   auto* const accumulator = static_cast<const T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
+  constexpr std::int64_t ahead = 384;  // one stream gains nothing from more
   constexpr int kRegisters = kLanes / F64::kLanes;
   constexpr int kWide = V::kLanes / F64::kLanes;  // registers of doubles that one V widens to
   V zero_if_finite(T(0));                         // NaN once x - x was not 0
@@ -213,13 +214,13 @@ bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
         const auto access = access_at(i);
         V h(T(0));
         if constexpr (has_grad) {
-          prefetch<V>(grad + i);
+          prefetch<V>(grad + i, ahead);
           h = access.template load<V>(grad + i);
           if constexpr (asks_finite) zero_if_finite = zero_if_finite + (h - h);
           if (s.unscales) h = h * s.grad_scale;
         }
         if (accumulator != nullptr) {
-          prefetch<V>(accumulator + i);
+          prefetch<V>(accumulator + i, ahead);
           h = (access.template load<V>(accumulator + i) + h) * s.mean_scale;
         }
         F64 wide[kWide];

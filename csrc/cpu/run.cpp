@@ -42,6 +42,14 @@ Kernel kernel_for(const KernelTable& table, const Row& row) {
   __builtin_unreachable();
 }
 
+// Bytes by which memory is prefetched early, measured from 64 to 8192: in caches 384 is best (on
+// Zen 5 more takes up to 27 % longer at 2^20 elements), in memory 2048 (on Zen 5 4 to 12 % less
+// time).
+std::int64_t prefetch_ahead(std::int64_t bytes) {
+  constexpr std::int64_t kMoreThanCaches = 64 * 1024 * 1024;
+  return bytes < kMoreThanCaches ? 384 : 2048;
+}
+
 // Elements of a piece before its state lies at the begin of a cache line, which a vector then does
 // not straddle; nor does one of another stream that begins at the same place in a line, as state of
 // our own does. Not worth a loop of its own for few.
@@ -65,6 +73,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
   const int threads = threads_for(bytes);
+  const std::int64_t ahead = prefetch_ahead(bytes);
   Shares to_sum(work.chunks(), threads), to_do(work.chunks(), threads);
   std::atomic<int> entered{0};
   std::atomic<std::int64_t> unsummed{work.chunks()};
@@ -92,7 +101,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
         const Kernel kernel = kernel_for(table, row);
         if (kernel == nullptr) continue;
         const auto work_on = [&](std::int64_t begin, std::int64_t end) {
-          kernel(row.memory, begin, end, program.groups[row.group], sums.clip(piece.row));
+          kernel(row.memory, begin, end, program.groups[row.group], sums.clip(piece.row), ahead);
         };
         const std::int64_t aligned = piece.begin + head_of(row, piece);
         if (aligned > piece.begin) work_on(piece.begin, aligned);
