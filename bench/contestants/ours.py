@@ -63,39 +63,44 @@ class AdamaxExt(Contestant):
             *(ctypes.POINTER(BoundStream), ctypes.c_int, ctypes.c_int64),
             *(ctypes.c_int, ctypes.c_int),
         ]
+        elements = self.work.elements
+        # As many threads as the step uses, which wakes one for each MiB that it reads.
+        count = min(threads, max(1, 16 * elements // 2**20))
         if len(self.params) == 1:
             kinds = self.optimizer.state["variable_0"]
             states = [kinds[kind] for kind in ("momentum", "norm", "average") if kind in kinds]
-            arrays = [self.params[0], self.grads[0], *states]
+            own = [self.params[0], self.grads[0], *states]
+            # NumPy's large arrays begin 16 bytes past a cache line, which costs a bound, too.
+            memory = {"bound": own, "aligned bound": [aligned(array.nbytes) for array in own]}
         else:
             itemsizes = [self.params[0].itemsize, self.grads[0].itemsize, 4, 4]
-            arrays = [np.ones(self.work.elements * size, np.uint8) for size in itemsizes]
-        self.bound_arrays = arrays  # alive as long as the turns
-        elements = self.work.elements
+            memory = {"bound": [aligned(elements * size) for size in itemsizes]}
+        self.memory = memory  # alive as long as the turns
 
-        def streams(*indices: int) -> Any:
-            return (BoundStream * len(indices))(
-                *(
-                    BoundStream(arrays[i].ctypes.data, arrays[i].nbytes // elements, i != 1)
-                    for i in indices
-                )
-            )
-
-        passes = [streams(*range(len(arrays)))]
-        if self.work.full:
-            passes.insert(0, streams(1))  # the norm
-
-        def do_bound(variant: int, count: int) -> None:
+        def do_bound(passes: list[Any], variant: int) -> None:
             for each in passes:
                 if not library.bound_pass(each, len(each), elements, count, variant):
                     raise ValueError(f"the bound is not built for the streams of {self.work.name}")
 
         turns: Turns = {"step": self.step}
-        # As many threads as the step uses, which wakes one for each MiB that it reads.
-        count = min(threads, max(1, 16 * elements // 2**20))
-        for variant in range(library.bound_variants()):
-            turns[f"bound {variant}"] = partial(do_bound, variant, count)
+        for name, arrays in memory.items():
+            streams = [
+                BoundStream(array.ctypes.data, array.nbytes // elements, i != 1)
+                for i, array in enumerate(arrays)
+            ]
+            passes = [(BoundStream * len(streams))(*streams)]
+            if self.work.full:
+                passes.insert(0, (BoundStream * 1)(streams[1]))  # the norm
+            for variant in range(library.bound_variants()):
+                turns[f"{name} {variant}"] = partial(do_bound, passes, variant)
         return turns
+
+
+def aligned(size: int) -> np.ndarray[Any, Any]:
+    """Return so many bytes from the begin of a cache line on."""
+    memory = np.ones(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size]
 
 
 class AdamaxExtFlat(AdamaxExt):
