@@ -232,3 +232,19 @@ def test_subclasses_with_plain_memory_are_tensors():
     optimizer_on(expected, calls=1)
     optimizer_on(w, calls=1)
     assert w.tolist() == expected.tolist()
+
+
+def test_a_parameter_that_became_a_negated_view_is_refused():
+    torch = load_torch()
+    weights = torch.ones(1)
+    optimizer = Adamax()
+    optimizer.build([weights])
+    optimizer.apply([torch.ones(1)])
+    negated = torch.tensor([1 + 2j]).conj().imag
+    assert negated.is_neg()
+    weights.data = negated
+    with pytest.raises(ValueError, match=r"^variables\[0\] .* is a negated view"):
+        optimizer.apply([torch.ones(1)])
+    assert (optimizer.calls, weights.item()) == (1, -2)
+    weights.data = torch.ones(1)
+    assert optimizer.apply([torch.ones(1)]) == 2
