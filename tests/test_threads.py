@@ -3,13 +3,22 @@
 import ctypes
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import adamax_ext
 import numpy as np
 import pytest
-from support.processes import LARGE, Mxcsr, in_own_process, mode_is_kept, trained, use_threads
+from support.processes import (
+    HANG_SECONDS,
+    LARGE,
+    Mxcsr,
+    in_own_process,
+    mode_is_kept,
+    trained,
+    use_threads,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 SETTINGS = {"global_clipnorm": 1.0, "weight_decay": 0.1}
@@ -52,6 +61,36 @@ def threads_of_the_runtime():
     use_threads()
     assert trained(**SETTINGS) == expected
     assert number_of_threads() == before, "there are two pools"
+
+
+RUNTIME_BEFORE_FORK = """
+import ctypes, os
+openmp = ctypes.CDLL("libgomp.so.1")
+nothing = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+openmp.GOMP_parallel(nothing, None, 4, 0)
+child = os.fork()
+if child == 0:
+    import test_threads
+    test_threads.own_threads()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def own_threads():
+    before = number_of_threads()
+    adamax_ext.set_num_threads(1)
+    expected = trained(**SETTINGS)
+    use_threads()
+    assert trained(**SETTINGS) == expected
+    assert number_of_threads() == before + 3
+    assert adamax_ext.build_info()["openmp"] is False
+
+
+def test_a_child_does_not_wait_for_the_threads_of_a_runtime_that_it_inherited():
+    load_openmp()
+    command = [sys.executable, "-c", RUNTIME_BEFORE_FORK]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent, timeout=HANG_SECONDS)
 
 
 def limit_of_the_runtime():

@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <utility>
+
+#include "cpu/pool.hpp"
 
 namespace {
 
@@ -96,16 +99,17 @@ void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t
 using Pass = void (*)(char* const*, std::int64_t, std::int64_t, std::uint32_t);
 struct Compiled {
   Shape shape;
-  std::array<Pass, 3> passes;
+  std::array<Pass, 4> passes;
 };
 constexpr auto kCompiled = []<std::size_t... i>(std::index_sequence<i...>) {
-  return std::array{Compiled{
-      kShapes[i], {pass<kShapes[i], 0>, pass<kShapes[i], 384>, pass<kShapes[i], 1024>}}...};
+  return std::array{Compiled{kShapes[i],
+                             {pass<kShapes[i], 0>, pass<kShapes[i], 384>, pass<kShapes[i], 1024>,
+                              pass<kShapes[i], 2048>}}...};
 }(std::make_index_sequence<kShapes.size()>{});
 
 }  // namespace
 
-int bound_variants() { return 6; }
+int bound_variants() { return 8; }
 
 int bound_pass(const bound_stream* streams, int count, std::int64_t elements, int threads,
                int variant) {
@@ -128,9 +132,13 @@ int bound_pass(const bound_stream* streams, int count, std::int64_t elements, in
     run(data, 0, elements, zero);
     return 1;
   }
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (std::int64_t begin = 0; begin < elements; begin += part) {
-    run(data, begin, std::min(begin + part, elements), zero);
-  }
+  std::atomic<std::int64_t> next{0};
+  auto work = [&] {
+    for (std::int64_t begin; (begin = next.fetch_add(part)) < elements;) {
+      run(data, begin, std::min(begin + part, elements), zero);
+    }
+  };
+  adamax::cpu::run_on_pool([](void* work_) { (*static_cast<decltype(work)*>(work_))(); }, &work,
+                           threads, 0);
   return 1;
 }

@@ -13,8 +13,8 @@ struct bound_stream {
   std::int32_t written;  // 0: read only; 1: read and written back
 };
 
-// Ways to run a pass, of which the fastest is the bound: without prefetch, close and far; memory
-// cut as the step cuts it, or in one part a thread.
+// Ways to run a pass, of which the fastest is the bound: without prefetch, close, further and far;
+// memory cut in chunks for the next thread that is free, or in one part a thread.
 int bound_variants();
 
 // Reads every stream once and writes the `written` ones back with what they held. `elements` is a

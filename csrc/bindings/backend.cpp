@@ -2,8 +2,7 @@
 #include "bindings/backend.hpp"
 
 #include <atomic>
-#include <memory>
-#include <mutex>
+#include <map>
 #include <stdexcept>
 #include <utility>
 
@@ -37,44 +36,6 @@ auto with_label(const Label& label, const Ask& ask) {
     throw std::runtime_error(label.text() + " is on a CUDA device: " + error.what());
   }
 }
-
-// A runner of earlier calls, or a new one; given back for later ones, of any thread.
-class Borrowed {
- public:
-  explicit Borrowed(int device) {
-    {
-      const std::lock_guard lock(mutex());
-      const auto found = std::find_if(spare().begin(), spare().end(), [&](const auto& runner) {
-        return runner->device() == device;
-      });
-      if (found != spare().end()) {
-        runner_ = std::move(*found);
-        spare().erase(found);
-      }
-    }
-    if (runner_ == nullptr) runner_ = std::make_unique<Runner>(device);
-  }
-  Borrowed(const Borrowed&) = delete;
-  Borrowed& operator=(const Borrowed&) = delete;
-  ~Borrowed() {
-    const std::lock_guard lock(mutex());
-    spare().push_back(std::move(runner_));
-  }
-  Runner* operator->() { return runner_.get(); }
-
- private:
-  // Never destroyed: at the end of a process the CUDA runtime may be gone already.
-  static std::vector<std::unique_ptr<Runner>>& spare() {
-    static auto* const runners = new std::vector<std::unique_ptr<Runner>>();
-    return *runners;
-  }
-  static std::mutex& mutex() {
-    static auto* const mutex = new std::mutex();
-    return *mutex;
-  }
-
-  std::unique_ptr<Runner> runner_;
-};
 
 }  // namespace
 
@@ -132,8 +93,8 @@ Outcome Runner::run(const Program& program, const Streams& streams, const Leases
 }
 
 Outcome run_once(int device, const Program& program, const Streams& streams, const Leases& leases) {
-  if (device == kHost) return Runner(device).run(program, streams, leases);
-  return Borrowed(device)->run(program, streams, leases);
+  thread_local std::map<int, Runner> runners;  // of earlier calls of this thread
+  return runners.try_emplace(device, device).first->second.run(program, streams, leases);
 }
 
 }  // namespace adamax::bindings

@@ -55,8 +55,6 @@ class Runner {
   // What `leases` hold must be all that the program uses.
   Outcome run(const Program& program, const Streams& streams, const Leases& leases);
 
-  int device() const { return device_; }
-
  private:
   void allocate(const Backend& backend, std::size_t bytes);
 
@@ -64,7 +62,7 @@ class Runner {
   Workspace workspace_;
 };
 
-// Runs a program of no optimizer, likewise; on a device with a workspace of an earlier such call.
+// Runs a program of no optimizer, with the workspace of earlier such calls of the thread.
 Outcome run_once(int device, const Program& program, const Streams& streams, const Leases& leases);
 
 }  // namespace adamax::bindings

@@ -27,9 +27,9 @@ enum class Protocol {
 struct TypeInfo {
   Protocol protocol = Protocol::kNone;
   const DLPackExchangeAPI* table = nullptr;
-  bool is_immutable = false;  // its arrays claim to be writable, or share memory
-  PyObject* is_neg =
-      nullptr;  // torch's method that tells a negated view, as DLPack does not; or null
+  bool is_immutable = false;   // its arrays claim to be writable, or share memory
+  bool has_sign_mark = false;  // its arrays can be negated views, which DLPack does not tell
+  PyObject* is_neg = nullptr;  // torch's method that tells, if it is not another one
   PyObject* increment_version = nullptr;  // torch's function for tensors that were written, or null
 };
 
@@ -56,8 +56,10 @@ TypeInfo inspect_type(py::handle object, py::handle type) {
   const std::string library = library_of(type);
   info.is_immutable = library == "jax" || library == "jaxlib" || library == "tensorflow";
   info.table = exchange_table(type);
-  info.is_neg = py::getattr(type, "is_neg", py::none()).release().ptr();
-  if (info.is_neg == Py_None) info.is_neg = nullptr;
+  const py::object is_neg = py::getattr(type, "is_neg", py::none());
+  info.has_sign_mark = !is_neg.is_none();
+  // One that a class defines itself could hold the class, and its objects an optimizer.
+  if (Py_IS_TYPE(is_neg.ptr(), &PyMethodDescr_Type)) info.is_neg = is_neg.inc_ref().ptr();
   info.increment_version = torch_increment_version(type);
   if (info.increment_version == Py_None) info.increment_version = nullptr;  // an old torch
   if (py::isinstance<py::array>(object)) {
@@ -133,10 +135,12 @@ const TypeInfo& type_info(py::handle object) {
 }
 
 void require_plain_sign(const TypeInfo& info, py::handle object, const Label& label) {
-  if (info.is_neg == nullptr) return;
+  if (!info.has_sign_mark) return;
   PyObject* const argument = object.ptr();
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_Vectorcall(info.is_neg, &argument, 1, nullptr));
+  const auto answer = info.is_neg == nullptr
+                          ? py::object(object.attr("is_neg")())
+                          : py::reinterpret_steal<py::object>(
+                                PyObject_Vectorcall(info.is_neg, &argument, 1, nullptr));
   if (!answer) throw py::error_already_set();
   if (answer.ptr() != Py_True) return;
   throw py::value_error(label.text() +
@@ -177,7 +181,9 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   }
   if (known == nullptr) require_plain_sign(info, object, label);
   import_memory(info, object, label, access, leases, buffer);
-  if (known != nullptr && buffer.data != known) require_plain_sign(info, object, label);
+  if (known != nullptr && (buffer.data != known || buffer.size <= 1)) {
+    require_plain_sign(info, object, label);
+  }
 }
 
 bool has_version(py::handle object) { return type_info(object).increment_version != nullptr; }

@@ -34,8 +34,8 @@ enum class Access { kRead, kWrite };
 // elements, a tensor without plain memory) or RuntimeError (a CUDA device on which no kernel runs).
 //
 // A negated view of torch, whose memory holds the opposite sign, is refused. To ask for that is the
-// dearest part, and left out where the memory begins at `known`: an object that was asked before
-// could be negated there by torch._neg_view alone, which is private.
+// dearest part, and left out where more than one element begins at `known`: an object that was
+// asked before could be negated there by torch._neg_view alone, which is private.
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer, const void* known = nullptr);
 

@@ -41,6 +41,9 @@ void read_interface(const py::dict& interface, const Label& label, Access access
   const py::object strides = item("strides");
   const auto steps =
       strides.is_none() ? std::vector<py::ssize_t>() : py::cast<std::vector<py::ssize_t>>(strides);
+  if (!strides.is_none() && steps.size() != shape.size()) {
+    throw std::out_of_range("strides do not fit shape");
+  }
   set_layout_of_bytes(buffer, label, static_cast<int>(shape.size()), shape.data(),
                       strides.is_none() ? nullptr : steps.data());
   if (address == 0 && buffer.size > 0) {

@@ -24,7 +24,7 @@ py::dict build_info() {
   info["flags"] = ADAMAX_EXT_FLAGS;
   info["isas_built"] = py::str(ADAMAX_EXT_ISAS).attr("split")(",");
   info["isa_active"] = active_isa();
-  info["openmp"] = py::bool_(cpu::loaded_openmp() != nullptr);
+  info["openmp"] = py::bool_(cpu::loaded_openmp().parallel != nullptr);
   info["cuda_architectures"] = py::str(ADAMAX_EXT_CUDA_ARCHITECTURES).attr("split")();
   return info;
 }

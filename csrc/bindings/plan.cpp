@@ -64,6 +64,11 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
   runner_->prepare(largest_program(), streams);
 }
 
+Plan::~Plan() {
+  const py::gil_scoped_release release;  // a GPU may have to finish first
+  runner_.reset();
+}
+
 // One that needs as much memory while it runs as any call.
 Program Plan::largest_program() const {
   std::vector<Variable> variables;

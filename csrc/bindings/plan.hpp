@@ -30,6 +30,8 @@ class Plan {
   Plan(const py::tuple& params, std::vector<std::string> names,
        const std::vector<std::uint32_t>& groups, const StateArrays& state);
 
+  ~Plan();
+
   // One call of the kernels. `grads` pairs with `variables`, or with all variables in order if that
   // is None; a gradient that is None skips its variable, with a warning. Returns false, with
   // nothing changed, if `require_finite` was asked for and a gradient is not finite.

@@ -35,16 +35,16 @@ struct Partial {
 };
 
 template <class V, class Body>
-[[gnu::always_inline]] inline void for_each_vector(std::int64_t begin, std::int64_t end,
-                                                   const Body& body) {
-  std::int64_t i = begin;
+[[gnu::always_inline]] inline void for_each_vector(const Slice& slice, const Body& body) {
+  const std::int64_t end = slice.end;
+  std::int64_t i = slice.begin;
   for (; i + V::kLanes <= end; i += V::kLanes) body(Whole{}, i);
   if (i < end) body(Partial{static_cast<int>(end - i)}, i);
 }
 
 // Note [Prefetch]: the hardware prefetchers stop at every 4 KiB page, and one to six streams share
 // them. Asking for each line a few early, `ahead` in bytes, keeps memory busy across pages. A
-// prefetch past the end of an array does not fault and reads nothing. run.cpp says how far.
+// prefetch past the end of an array does not fault and reads nothing.
 template <class V, class S>
 [[gnu::always_inline]] inline void prefetch(const S* p, std::int64_t ahead) {
   if constexpr (V::kLanes > 1) {
@@ -69,8 +69,7 @@ struct Touched {
 };
 
 template <Storage storage, Touched touched, DecayRule decay, EpsilonRule epsilon>
-void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, const Scalars& scalars,
-                 double clip, std::int64_t ahead) {
+void update_loop(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   using T = typename TypeOf<storage.param>::Compute;
   using V = typename VectorOf<T>::Type;
   using Param = typename TypeOf<storage.param>::Stored;
@@ -81,11 +80,12 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
   auto* const norm = static_cast<State*>(memory.norm);
   auto* const averages = static_cast<State*>(memory.average);
   auto* const accumulator = static_cast<State*>(memory.accumulator);
-  const VectorScalars<V> s(scalars, clip);
+  const VectorScalars<V> s(scalars, slice.clip);
+  const std::int64_t ahead = slice.ahead;
   const AverageMode mode = scalars.average_mode;
   const bool overwrite = scalars.overwrite;
 
-  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
+  for_each_vector<V>(slice, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(param + i, ahead);
     if constexpr (touched.grad) prefetch<V>(grad + i, ahead);
     prefetch<V>(momentum + i, ahead);
@@ -119,15 +119,12 @@ void update_loop(const Arrays& memory, std::int64_t begin, std::int64_t end, con
 }
 
 template <Storage storage, Touched touched>
-void update_by_rule(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                    const Scalars& scalars, double clip, std::int64_t ahead) {
+void update_by_rule(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   const auto run = [&]<DecayRule decay>() {
     if (scalars.epsilon_rule == EpsilonRule::kInside) {
-      update_loop<storage, touched, decay, EpsilonRule::kInside>(memory, begin, end, scalars, clip,
-                                                                 ahead);
+      update_loop<storage, touched, decay, EpsilonRule::kInside>(memory, scalars, slice);
     } else {
-      update_loop<storage, touched, decay, EpsilonRule::kOutside>(memory, begin, end, scalars, clip,
-                                                                  ahead);
+      update_loop<storage, touched, decay, EpsilonRule::kOutside>(memory, scalars, slice);
     }
   };
   switch (scalars.decay_rule) {
@@ -141,29 +138,26 @@ void update_by_rule(const Arrays& memory, std::int64_t begin, std::int64_t end,
 }
 
 template <Storage storage, bool average, bool accumulator>
-void update_variable(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                     const Scalars& scalars, double clip, std::int64_t ahead) {
+void update_variable(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   // A gradient that is not there has the type of the accumulator.
   if constexpr (accumulator && storage.grad == storage.state) {
     if (memory.grad == nullptr) {
-      return update_by_rule<storage, Touched{false, average, true}>(memory, begin, end, scalars,
-                                                                    clip, ahead);
+      return update_by_rule<storage, Touched{false, average, true}>(memory, scalars, slice);
     }
   }
-  update_by_rule<storage, Touched{true, average, accumulator}>(memory, begin, end, scalars, clip,
-                                                               ahead);
+  update_by_rule<storage, Touched{true, average, accumulator}>(memory, scalars, slice);
 }
 
 // accumulator += grad * grad_scale
 template <DType grad_dtype>
-void accumulate_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                     const Scalars& scalars, double, std::int64_t ahead) {
+void accumulate_loop(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   using T = typename TypeOf<grad_dtype>::Compute;
   using V = typename VectorOf<T>::Type;
   auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
   auto* const accumulator = static_cast<T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
+  const std::int64_t ahead = slice.ahead;
+  for_each_vector<V>(slice, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
     prefetch<V>(grad + i, ahead);
     prefetch<V>(accumulator + i, ahead);
     const V h = access.template load<V>(grad + i) * s.grad_scale;
@@ -173,14 +167,13 @@ void accumulate_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
 
 // The average alone, for variables without a gradient.
 template <DType dtype>
-void average_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
-                  const Scalars& scalars, double, std::int64_t) {
+void average_loop(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   using T = typename TypeOf<dtype>::Compute;
   using V = typename VectorOf<T>::Type;
   auto* const param = static_cast<typename TypeOf<dtype>::Stored*>(memory.param);
   auto* const averages = static_cast<T*>(memory.average);
   const VectorScalars<V> s(scalars, 1.0);
-  for_each_vector<V>(begin, end, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
+  for_each_vector<V>(slice, [&](auto access, std::int64_t i) __attribute__((always_inline)) {
     V average = access.template load<V>(averages + i);
     update_average(average, access.template load<V>(param + i), scalars.average_mode, s);
     access.store(average, averages + i);
@@ -196,7 +189,6 @@ bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
   auto* const grad = static_cast<const typename TypeOf<grad_dtype>::Stored*>(memory.grad);
   auto* const accumulator = static_cast<const T*>(memory.accumulator);
   const VectorScalars<V> s(scalars, 1.0);
-  constexpr std::int64_t ahead = 384;  // one stream gains nothing from more
   constexpr int kRegisters = kLanes / F64::kLanes;
   constexpr int kWide = V::kLanes / F64::kLanes;  // registers of doubles that one V widens to
   V zero_if_finite(T(0));                         // NaN once x - x was not 0
@@ -214,13 +206,13 @@ bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
         const auto access = access_at(i);
         V h(T(0));
         if constexpr (has_grad) {
-          prefetch<V>(grad + i, ahead);
+          prefetch<V>(grad + i, kAheadInCaches);
           h = access.template load<V>(grad + i);
           if constexpr (asks_finite) zero_if_finite = zero_if_finite + (h - h);
           if (s.unscales) h = h * s.grad_scale;
         }
         if (accumulator != nullptr) {
-          prefetch<V>(accumulator + i, ahead);
+          prefetch<V>(accumulator + i, kAheadInCaches);
           h = (access.template load<V>(accumulator + i) + h) * s.mean_scale;
         }
         F64 wide[kWide];

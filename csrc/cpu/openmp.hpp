@@ -3,14 +3,16 @@
 
 namespace adamax::cpu {
 
+// Calls function(data) on up to `threads` threads: how compiled code enters a parallel region, in
+// GNU's runtime and in LLVM's.
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
 struct OpenMP {
-  // Calls function(data) on up to `threads` threads: how compiled code enters a parallel region, in
-  // GNU's runtime and in LLVM's.
-  void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+  Parallel parallel;
   int (*max_threads)();
 };
 
-// Null as long as none is loaded. One that is found is used for ever.
-const OpenMP* loaded_openmp();
+// Both null where none is loaded, or none that can be used.
+OpenMP loaded_openmp();
 
 }  // namespace adamax::cpu

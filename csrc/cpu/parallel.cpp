@@ -2,6 +2,7 @@
 #include "cpu/parallel.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <string>
@@ -28,7 +29,8 @@ std::atomic<int> requested_threads{0};  // by set_num_threads; 0: not called
 std::atomic<int> cpu_limit_override{0};
 
 // Note [Fork]: the threads of a pool do not survive fork(), and who waits for them waits for ever.
-// A child therefore never uses one.
+// A child therefore never uses a pool that it inherited: none at all if this library was there
+// before the fork, else its own.
 std::atomic<bool> is_forked_child{false};
 #if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] const int fork_handler =
@@ -53,13 +55,13 @@ int threads_from_environment() {
 // example; what it starts with is no limit.
 int openmp_limit() {
   constexpr int kNoLimit = std::numeric_limits<int>::max();
-  const OpenMP* const openmp = loaded_openmp();
-  if (openmp == nullptr) return kNoLimit;
+  const OpenMP openmp = loaded_openmp();
+  if (openmp.max_threads == nullptr) return kNoLimit;
   static const int at_start = [] {
     const int from_environment = positive_from_environment("OMP_NUM_THREADS");
     return from_environment > 0 ? from_environment : cpu_limit();
   }();
-  const int now = openmp->max_threads();
+  const int now = openmp.max_threads();
   return now < at_start ? now : kNoLimit;
 }
 
@@ -81,8 +83,8 @@ void run_parallel(int threads, const std::function<void()>& body) {
   };
   void* const data = const_cast<std::function<void()>*>(&body);
   if (threads == 1) return in_ieee_mode(data);
-  const OpenMP* const openmp = loaded_openmp();
-  (openmp != nullptr ? openmp->parallel : run_on_pool)(in_ieee_mode, data, threads, 0);
+  const Parallel parallel = loaded_openmp().parallel;
+  (parallel != nullptr ? parallel : run_on_pool)(in_ieee_mode, data, threads, 0);
 }
 
 int threads_for(std::int64_t bytes) {

@@ -1,10 +1,14 @@
 // Threads of our own, for a process in which no OpenMP runtime is loaded.
 #include "cpu/pool.hpp"
 
+#include <atomic>
+#include <cstdint>
 #include <deque>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
+
+#include "cpu/wait.hpp"
 
 namespace adamax::cpu {
 namespace {
@@ -36,7 +40,7 @@ class Pool {
       std::atomic<std::uint32_t>& jobs = jobs_.emplace_back(0);
       try {
         std::thread([this, &jobs] { work(jobs); }).detach();
-      } catch (const std::system_error&) {
+      } catch (const std::exception&) {
         jobs_.pop_back();
         break;
       }

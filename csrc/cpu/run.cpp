@@ -10,13 +10,15 @@
 #include "core/fp_mode.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/pool.hpp"
 #include "cpu/sums.hpp"
+#include "cpu/wait.hpp"
 #include "cpu/work.hpp"
 
 namespace adamax {
 namespace cpu {
 namespace {
+
+constexpr std::int64_t kMoreThanCaches = 64 * 1024 * 1024;  // bytes read by a call
 
 // What a row reads, for the number of threads: four streams, or the gradient alone.
 std::int64_t bytes_read(const Row& row) {
@@ -42,14 +44,6 @@ Kernel kernel_for(const KernelTable& table, const Row& row) {
   __builtin_unreachable();
 }
 
-// Bytes by which memory is prefetched early, measured from 64 to 8192: in caches 384 is best (on
-// Zen 5 more takes up to 27 % longer at 2^20 elements), in memory 2048 (on Zen 5 4 to 12 % less
-// time).
-std::int64_t prefetch_ahead(std::int64_t bytes) {
-  constexpr std::int64_t kMoreThanCaches = 64 * 1024 * 1024;
-  return bytes < kMoreThanCaches ? 384 : 2048;
-}
-
 // Elements of a piece before its state lies at the begin of a cache line, which a vector then does
 // not straddle; nor does one of another stream that begins at the same place in a line, as state of
 // our own does. Not worth a loop of its own for few.
@@ -73,7 +67,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
   std::int64_t bytes = 0;
   for (const Row& row : program.rows) bytes += bytes_read(row);
   const int threads = threads_for(bytes);
-  const std::int64_t ahead = prefetch_ahead(bytes);
+  const std::int64_t ahead = bytes < kMoreThanCaches ? kAheadInCaches : kAheadInMemory;
   Shares to_sum(work.chunks(), threads), to_do(work.chunks(), threads);
   std::atomic<int> entered{0};
   std::atomic<std::int64_t> unsummed{work.chunks()};
@@ -81,7 +75,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
 
   const auto finish_sums = [&] {
     sums.finish();
-    is_summing.store(0, std::memory_order_release);
+    is_summing.store(0);  // in sequence with the look at who waits, in the next line
     is_summing.notify_all();
   };
   if (program.has_sums() && work.chunks() == 0) finish_sums();
@@ -101,7 +95,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
         const Kernel kernel = kernel_for(table, row);
         if (kernel == nullptr) continue;
         const auto work_on = [&](std::int64_t begin, std::int64_t end) {
-          kernel(row.memory, begin, end, program.groups[row.group], sums.clip(piece.row), ahead);
+          kernel(row.memory, program.groups[row.group], {begin, end, sums.clip(piece.row), ahead});
         };
         const std::int64_t aligned = piece.begin + head_of(row, piece);
         if (aligned > piece.begin) work_on(piece.begin, aligned);

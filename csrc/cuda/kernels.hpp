@@ -286,13 +286,10 @@ struct Clip {
       for (int i = place.thread; i < here; i += kThreads) shared[i] = sums_of_squares[begin + i];
     } else if (place.thread == 0) {
       double total = begin == 0 ? 0.0 : shared[kTile];
-      for_each_column<ByElement, 1, 32>({0, here}, 0, [&](auto column, std::int64_t i) {
-        scalar::Vec<double> sums[column.width];
-        column.load(shared + i, sums);
-        for (int k = 0; k < column.width; ++k) {
-          if (column.has(k)) total = total + sums[k].v;
-        }
-      });
+#ifdef __CUDA_ARCH__
+#pragma unroll 32  // for their loads to wait together
+#endif
+      for (int i = 0; i < here; ++i) total = total + shared[i];
       shared[kTile] = total;
       if (begin + here == count) coefficients[0] = clip_by_global_norm(limit, total);
     }

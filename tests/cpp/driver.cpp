@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>

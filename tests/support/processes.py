@@ -88,8 +88,11 @@ class Mxcsr:
         self._load(ctypes.c_uint32(mode))
 
     def set_on_workers(self, mode):
-        """Set it on the OpenMP threads that the calling thread will use; they keep it."""
-        with contextlib.suppress(OSError):  # not this OpenMP, or none
+        """Set it on the threads that the calling thread will use; they keep it.
+
+        They are those of an OpenMP runtime, which is loaded for this and then does the work.
+        """
+        with contextlib.suppress(OSError):  # not there: threads are started in the caller's mode
             openmp = ctypes.CDLL("libgomp.so.1")
             openmp.GOMP_parallel(self._load, ctypes.byref(ctypes.c_uint32(mode)), 4, 0)
             self.set(self.DEFAULT)

@@ -30,7 +30,7 @@ def build_driver(compiler, library, folder):
     source = REPOSITORY / "tests" / "cpp" / "driver.cpp"
     warnings = ("-Wall", "-Wextra", "-Werror")
     include = f"-I{library.prefix / 'include'}"
-    run(compiler, "-std=c++20", *warnings, include, source, archive, "-fopenmp", "-o", driver)
+    run(compiler, "-std=c++20", *warnings, include, source, archive, "-pthread", "-o", driver)
     return driver
 
 
