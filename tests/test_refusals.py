@@ -97,7 +97,7 @@ REFUSALS = [
         {"DLPack type 10, number 1": lambda a: Patched(a, {DEVICE: 10 + (1 << 32)})},
     ),
     (
-        # No test has a GPU that this process could use: see test_cuda_bindings.py and test_cuda.py.
+        # No test has a GPU that this process could use: see test_cuda_refusals.py and test_cuda.py.
         *(ROLES, RuntimeError, r"is on a CUDA device: .*CUDA {}"),
         {"": OnDevice, "(kernels|driver)": lambda a: OnCuda()},
     ),
