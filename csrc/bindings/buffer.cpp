@@ -15,6 +15,8 @@
 namespace adamax::bindings {
 namespace {
 
+constexpr const char* kImmutable = " (arrays of its library are immutable)";
+
 enum class Protocol {
   kNumPy,
   kExchangeTable,
@@ -125,11 +127,15 @@ class KnownTypes {
 
 const TypeInfo& type_info(py::handle object) {
   static auto* const types = new KnownTypes();
-  static std::atomic<const Known*> last{nullptr};  // buffers of one step are mostly of one type
-  const Known* known = last.load(std::memory_order_acquire);
-  if (known == nullptr || known->type.load(std::memory_order_relaxed) != Py_TYPE(object.ptr())) {
+  // The buffers of one step are of a few types in turns, such as torch's Parameter and Tensor.
+  static std::atomic<const Known*> last[16];
+  PyTypeObject* const type = Py_TYPE(object.ptr());
+  const auto address = reinterpret_cast<std::uintptr_t>(type);
+  std::atomic<const Known*>& slot = last[(address >> 4 ^ address >> 10) % std::size(last)];
+  const Known* known = slot.load(std::memory_order_acquire);
+  if (known == nullptr || known->type.load(std::memory_order_relaxed) != type) {
     known = &types->of(object);
-    last.store(known, std::memory_order_release);
+    slot.store(known, std::memory_order_release);
   }
   return known->info;
 }
@@ -177,13 +183,19 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
                    Buffer& buffer, const void* known) {
   const TypeInfo& info = type_info(object);
   if (access == Access::kWrite && info.is_immutable) {
-    throw_read_only(label, " (arrays of its library are immutable)");
+    throw_read_only(label, kImmutable);
   }
   if (known == nullptr) require_plain_sign(info, object, label);
   import_memory(info, object, label, access, leases, buffer);
   if (known != nullptr && (buffer.data != known || buffer.size <= 1)) {
     require_plain_sign(info, object, label);
   }
+}
+
+void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer) {
+  const TypeInfo& info = type_info(object);
+  if (info.is_immutable) throw_read_only(label, kImmutable);
+  import_memory(info, object, label, Access::kWrite, leases, buffer);
 }
 
 bool has_version(py::handle object) { return type_info(object).increment_version != nullptr; }

@@ -24,6 +24,7 @@ struct Buffer {
   Layout layout;
 
   std::size_t bytes() const { return size * itemsize(dtype); }
+  std::span<const char> memory() const { return {data, bytes()}; }
 };
 
 enum class Access { kRead, kWrite };
@@ -38,6 +39,8 @@ enum class Access { kRead, kWrite };
 // asked before could be negated there by torch._neg_view alone, which is private.
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer, const void* known = nullptr);
+// The same for memory whose elements are never negative, so that a negated view shows by itself.
+void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer);
 
 // Whether autograd counts the writes to an object, as it does for torch tensors.
 bool has_version(py::handle object);

@@ -40,7 +40,7 @@ void update(const py::object& param, const py::object& grad, const py::object& m
   require_pair(w, {"param"}, buffer, {"grad"});
   require_same_layout(buffer, {"grad"}, w, {"param"});
   std::size_t place = 0;
-  written.require_readable(buffer, {"grad"}, w, place);
+  written.require_readable(buffer.memory(), {"grad"}, w.memory(), place);
   streams.add(buffer);
   variable.memory.grad = buffer.data;
   variable.size = w.size;

@@ -8,6 +8,7 @@
 #include "bindings/calls.hpp"
 #include "bindings/plan.hpp"
 #include "bindings/settings.hpp"
+#include "bindings/stepper.hpp"
 #include "core/bias_correction.hpp"
 #include "core/fp_mode.hpp"
 #include "cpu/cpu_limit.hpp"
@@ -86,6 +87,16 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def_property(
           "calls", [](const Plan& self) { return self.calls.load(); },
           [](Plan& self, std::int64_t calls) { self.calls = calls; });
+
+  py::class_<Stepper>(m, "Stepper")
+      .def(py::init<>())
+      .def(
+          "step",
+          [](Stepper& self, const py::list& arrays, const std::vector<std::size_t>& sizes,
+             const std::vector<Group>& groups,
+             bool is_strict) { return self.step(arrays, sizes, groups, is_strict); },
+          py::arg("arrays"), py::kw_only(), py::arg("sizes"), py::arg("groups"),
+          py::arg("is_strict"));
 
   m.def("update", &update, py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"),
         py::kw_only(), py::arg("average"), py::arg("group"), py::arg("grad_scale"));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -37,19 +38,20 @@ class WrittenMemory {
   // A gradient may be the memory of its own parameter, which is read before it is written, and
   // nothing else that is written. Throws ValueError otherwise. `place` is where the gradient was
   // found between the ranges the last time, and is mostly where it is.
-  void require_readable(const Buffer& grad, const Label& label, const Buffer& param,
+  void require_readable(std::span<const char> grad, const Label& label, std::span<const char> param,
                         std::size_t& place) const {
-    if (grad.size == 0) return;
-    const char* const end = grad.data + grad.bytes();
-    if (place > 0 && place < ranges_.size() && ranges_[place - 1].end <= grad.data &&
+    if (grad.empty()) return;
+    const char* const begin = grad.data();
+    const char* const end = begin + grad.size();
+    if (place > 0 && place < ranges_.size() && ranges_[place - 1].end <= begin &&
         end <= ranges_[place].begin) {
       return;
     }
     const auto range = std::partition_point(ranges_.begin(), ranges_.end(),
-                                            [&](const Range& r) { return r.end <= grad.data; });
+                                            [&](const Range& r) { return r.end <= begin; });
     place = range - ranges_.begin();
     if (range == ranges_.end() || range->begin >= end) return;
-    if (range->begin == param.data && grad.data == param.data && grad.bytes() == param.bytes()) {
+    if (range->begin == param.data() && begin == param.data() && grad.size() == param.size()) {
       return;
     }
     throw py::value_error(label.text() + " overlaps " + range->label.text() +

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "bindings/busy.hpp"
+
 namespace adamax::bindings {
 namespace {
 
@@ -11,22 +13,6 @@ constexpr std::array<std::string_view, 4> kStateRoles = {"momentum", "norm", "av
 
 constexpr std::array kStateMembers = {&Arrays::momentum, &Arrays::norm, &Arrays::average,
                                       &Arrays::accumulator};
-
-class Busy {
- public:
-  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
-    if (flag_.test_and_set()) {
-      throw std::runtime_error(
-          "a plan was called while another call of it is running; expected one call at a time");
-    }
-  }
-  Busy(const Busy&) = delete;
-  Busy& operator=(const Busy&) = delete;
-  ~Busy() { flag_.clear(); }
-
- private:
-  std::atomic_flag& flag_;
-};
 
 }  // namespace
 
@@ -245,7 +231,8 @@ void Plan::import_gradient(std::size_t i, py::handle grad, Leases& leases, Strea
   import_buffer(grad, label("grads", i), Access::kRead, leases, buffer);
   require_pair(entry.buffer, label("variables", i), buffer, label("grads", i));
   require_same_layout(buffer, label("grads", i), entry.buffer, label("variables", i));
-  written_.require_readable(buffer, label("grads", i), entry.buffer, entry.gradient_place);
+  written_.require_readable(buffer.memory(), label("grads", i), entry.buffer.memory(),
+                            entry.gradient_place);
   streams.add(buffer);
   variables_[i].storage.grad = buffer.dtype;
   variables_[i].memory.grad = buffer.data;

@@ -29,7 +29,7 @@ void require_beta(const char* name, double value) {
 }  // namespace
 
 void check_group(const Group& g, const Call& call) {
-  require_not_negative("learning_rate", g.learning_rate);
+  require(std::isfinite(g.learning_rate), "learning_rate", "finite", g.learning_rate);
   require_beta("beta_1", g.beta_1);
   require_beta("beta_2", g.beta_2);
   if (g.epsilon_rule == EpsilonRule::kInside) {
@@ -85,7 +85,9 @@ void require_float32(const Scalars& s, const Group& g, const Call& call) {
   const auto becomes_zero = [](double x) { return x != 0 && static_cast<float>(x) == 0; };
   const auto becomes_infinite = [](double x) { return std::isinf(static_cast<float>(x)); };
   const char* const wanted = "a number that float32 rounds neither to 0 nor to infinity";
-  require(!becomes_zero(s.epsilon) && !becomes_infinite(s.epsilon), "epsilon", wanted, g.epsilon);
+  const bool may_be_zero = s.epsilon_rule == EpsilonRule::kInside;
+  require((may_be_zero || !becomes_zero(s.epsilon)) && !becomes_infinite(s.epsilon), "epsilon",
+          wanted, g.epsilon);
   require(!becomes_zero(s.clip_value), "clipvalue", "a number that float32 does not round to 0",
           s.clip_value);
   require(!becomes_zero(s.grad_scale) && !becomes_infinite(s.grad_scale),

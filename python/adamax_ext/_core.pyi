@@ -63,6 +63,19 @@ class Plan:
     ) -> bool: ...
     def finalize(self, variables: tuple[Any, ...] | None) -> None: ...
 
+class Stepper:
+    """Steps on variables whose state somebody else keeps, with a step count each."""
+
+    def __init__(self) -> None: ...
+    def step(
+        self,
+        arrays: list[Any],  # parameter, gradient, moment, norm, count of steps; for each variable
+        *,
+        sizes: Sequence[int],  # variables of each group
+        groups: Sequence[Group],
+        is_strict: bool,
+    ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
+
 def update(
     param: Any, grad: Any, m: Any, u: Any, *, average: Any, group: Group, grad_scale: float
 ) -> None: ...

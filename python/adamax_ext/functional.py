@@ -84,7 +84,7 @@ def update(
     """
     group = _core.Group()
     group.step = _settings.integer("step", step, least=1)
-    group.learning_rate = _settings.number("learning_rate", learning_rate)
+    group.learning_rate = _settings.not_negative("learning_rate", learning_rate)
     group.beta_1 = _settings.number("beta_1", beta_1)
     group.beta_2 = _settings.number("beta_2", beta_2)
     group.epsilon = _settings.number("epsilon", epsilon)

@@ -25,10 +25,10 @@ namespace adamax {
 // The settings that variables share. Variables with other settings or another step number are in
 // other groups of the same call.
 struct Group {
-  double learning_rate = 0.001;
+  double learning_rate = 0.001;  // below 0 it ascends, as torch's schedulers may
   double beta_1 = 0.9;
   double beta_2 = 0.999;
-  double epsilon = 1e-7;  // > 0, or 0 with EpsilonRule::kInside
+  double epsilon = 1e-7;  // > 0; also 0 with EpsilonRule::kInside
   double weight_decay = 0.0;
   DecayRule decay = DecayRule::kDecoupled;
   EpsilonRule epsilon_rule = EpsilonRule::kOutside;

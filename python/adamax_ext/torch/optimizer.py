@@ -1,0 +1,336 @@
+"""`Adamax` and `AdamaxW` for torch: settings and state in its words, one native call a step."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adamax_ext import _core
+from adamax_ext.torch.tensors import Gathered, Variable, local, state_dtype
+
+_CAPTURABLE_DEVICES = ["cuda"]
+
+
+class Adamax(torch.optim.Optimizer):
+    """``torch.optim.Adamax`` with a fused step: the same arguments, state and mathematics.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor), or of dict
+        Parameters, named parameters, or parameter groups.
+    lr : float or Tensor of one element
+        Learning rate, >= 0.
+    betas : pair of float in [0, 1)
+        Decay of the first moment and of the infinity norm.
+    eps : float >= 0
+        Added to the size of the gradient before the infinity norm takes the maximum.
+    weight_decay : float >= 0
+        Added to the gradient times the parameter; or decoupled, see below.
+    foreach : bool, optional
+        Accepted as torch does, without effect: all groups go into one native call.
+    maximize : bool
+        Ascend.
+    differentiable : bool
+        Must be False.
+    capturable : bool
+        Keep the step counts on the GPU, so that a step can be captured into a CUDA graph.
+    decoupled_weight_decay : bool
+        Shrink the parameters by ``lr * weight_decay`` instead of adding to the gradient.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As ``torch.optim.Adamax``, with its words.
+    RuntimeError
+        ``differentiable=True``.
+
+    Notes
+    -----
+    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. State is kept in
+    the dtype of the parameter, but in float32 for float16 and bfloat16, and has the keys ``step``,
+    ``exp_avg`` and ``exp_inf``. A step is done for all parameters or, if an exception says why,
+    for none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        _require(lr >= 0.0, "learning rate", lr)
+        _require(eps >= 0.0, "epsilon value", eps)
+        for i in range(2):
+            _require(0.0 <= betas[i] < 1.0, f"beta parameter at index {i}", betas[i])
+        _require(weight_decay >= 0.0, "weight_decay value", weight_decay)
+        if differentiable:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support differentiable=True: autograd cannot see "
+                "into its step; use torch.optim.Adamax for that"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    # ---- Steps -----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step of all parameters that have a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the gradients anew, and returns the loss.
+
+        Returns
+        -------
+        The loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step(self) -> None:
+        native = self.__dict__.get("_native")
+        if native is None:
+            native = self._native = _Native()
+        arrays: list[Tensor] = []  # those of a Variable for each parameter
+        sizes: list[int] = []
+        new_states: dict[Tensor, dict[str, Tensor]] = {}
+        wrappers: list[Tensor] = []  # of local parts that are written
+        # To walk along the states is many times cheaper than to look each parameter up.
+        states = iter(self.state.items())
+        next_param, next_state = next(states, (None, None))
+        for group in self.param_groups:
+            before = len(arrays)
+            for param in group["params"]:
+                state = None
+                if param is next_param:
+                    state = next_state
+                    next_param, next_state = next(states, (None, None))
+                grad = param.grad
+                if grad is None:
+                    continue
+                if not state:
+                    state = self.state.get(param) or new_states.get(param)
+                    if not state:
+                        state = new_states[param] = _new_state(param, group["capturable"])
+                variable = param, grad, state["exp_avg"], state["exp_inf"], state["step"]
+                kind = type(param)
+                if kind is not Parameter and kind is not Tensor:
+                    variable = local(Variable(*variable))
+                    if variable[0] is not param:
+                        wrappers.append(param)
+                arrays += variable
+            sizes.append((len(arrays) - before) // 5)
+            if group["capturable"]:
+                _require_capturable(arrays[before::5])
+        groups = native.groups_of(self.param_groups)
+        odd = native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=False)
+        if odd:
+            with torch.no_grad():
+                gathered: dict[int, Gathered] = {}  # by parameter, which may be there twice
+                for begin in (5 * i for i in odd):
+                    variable = Variable(*arrays[begin : begin + 5])
+                    key = id(variable.param)
+                    if key not in gathered:
+                        gathered[key] = Gathered(variable, type(self).__name__)
+                    arrays[begin : begin + 5] = gathered[key].variable
+                native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=True)
+                for one in gathered.values():
+                    one.scatter()
+        self.state.update(new_states)
+        if wrappers:
+            torch.autograd.graph.increment_version(wrappers)
+
+    # ---- Saving ----------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # of a checkpoint of torch's class
+                group.setdefault(name, value)
+            for param in group["params"]:
+                known = self.state.get(param)
+                if known and not torch.is_tensor(known["step"]):  # of an old version of torch
+                    known["step"] = _count(param, group["capturable"], float(known["step"]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class or of ``torch.optim.Adamax`` returned.
+
+        Parameters
+        ----------
+        state_dict : dict
+            As for every optimizer of torch. Moments get the dtype that this class keeps them in.
+        """
+        loaded: dict[str, Any] = {}
+        # Last before, and first after, what the base class does, which rounds the moments to the
+        # dtype of the parameter.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._take_moments(loaded), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_moments(self, loaded: dict[str, Any]) -> None:
+        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for name, param in zip(ids, params, strict=True):
+            given = loaded["state"].get(name, {})
+            for key in ("exp_avg", "exp_inf"):
+                if key in given:
+                    self.state[param][key] = _as_moment(given[key], param)
+
+
+class AdamaxW(Adamax):
+    """`Adamax` with decoupled weight decay; all else is the same."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
+
+class _Native:
+    """What is kept from step to step only to make them cheaper."""
+
+    def __init__(self) -> None:
+        self.stepper = _core.Stepper()
+        self._settings: list[tuple[Any, ...]] = []
+        self._groups: list[_core.Group] = []  # of these settings
+
+    def groups_of(self, param_groups: list[dict[str, Any]]) -> list[_core.Group]:
+        """Return native groups with the settings of those of torch."""
+        count = len(param_groups)
+        if len(self._groups) != count:
+            self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
+        for i, group in enumerate(param_groups):
+            beta_1, beta_2 = group["betas"]
+            # Numbers, as the value of a tensor can change in place.
+            settings = (
+                float(group["lr"]),
+                float(beta_1),
+                float(beta_2),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                group["maximize"],
+                group["decoupled_weight_decay"],
+            )
+            if settings != self._settings[i]:
+                self._settings[i] = settings
+                self._groups[i] = _native_group(*settings)
+        return self._groups
+
+
+def _native_group(
+    lr: float,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    decoupled: bool,
+) -> _core.Group:
+    group = _core.Group()
+    group.learning_rate = lr
+    group.beta_1, group.beta_2 = beta_1, beta_2
+    group.epsilon, group.epsilon_mode = eps, "inside"
+    group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
+    group.maximize = bool(maximize)
+    return group
+
+
+def _require(valid: Any, what: str, received: Any) -> None:
+    if not valid:
+        raise ValueError(f"Invalid {what}: {received}")
+
+
+def _new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
+    def zeros() -> Tensor:
+        return torch.zeros_like(
+            param, dtype=state_dtype(param), memory_format=torch.preserve_format
+        )
+
+    return {"step": _count(param, capturable), "exp_avg": zeros(), "exp_inf": zeros()}
+
+
+def _count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
+    """Return a number of completed steps as torch keeps it."""
+    is_double = torch.get_default_dtype() == torch.float64
+    return torch.tensor(
+        value,
+        dtype=torch.float64 if is_double else torch.float32,
+        device=param.device if capturable else None,
+    )
+
+
+def _as_moment(value: Tensor, param: Tensor) -> Tensor:
+    """Return a moment that was loaded, in the dtype, place and memory order of one of `param`."""
+    dtype = state_dtype(param)
+    if value.shape != param.shape or hasattr(param, "placements"):
+        return value.to(param.device, dtype)
+    moment = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    same = (value.dtype, value.device, value.stride()) == (dtype, moment.device, moment.stride())
+    return value if same else moment.copy_(value)
+
+
+def _require_capturable(params: list[Tensor]) -> None:
+    if any(param.device.type not in _CAPTURABLE_DEVICES for param in params):
+        raise AssertionError(
+            "If capturable=True, params and state_steps must be on supported devices: "
+            f"{_CAPTURABLE_DEVICES}."
+        )

@@ -1,0 +1,97 @@
+"""Tensors as the native step takes them: the local part, real numbers, one dense memory order."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# In which state is kept, and the arithmetic done, where it is not the dtype of the parameter.
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of the moments of a parameter."""
+    return _WIDER.get(param.dtype, param.dtype)
+
+
+class Variable(NamedTuple):
+    """A parameter with all that its step reads and writes."""
+
+    param: Any
+    grad: Any
+    exp_avg: Tensor
+    exp_inf: Tensor
+    step: Tensor
+
+
+def local(variable: Variable) -> Variable:
+    """Return the part of a DTensor that this process has; any other tensor as it is."""
+    param, grad = variable.param, variable.grad
+    if not hasattr(param, "placements"):
+        return variable
+    if getattr(grad, "placements", None) != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    parts = (getattr(tensor, "_local_tensor", tensor) for tensor in variable._replace(grad=grad))
+    # A collective that gave a gradient may still be under way.
+    return Variable(*(part.wait() if hasattr(part, "wait") else part for part in parts))
+
+
+class Gathered:
+    """A variable in memory that the native step takes, and the way back.
+
+    Raises RuntimeError for what torch's own step does not take either.
+    """
+
+    def __init__(self, variable: Variable, name: str) -> None:
+        param, grad, exp_avg, exp_inf, step = variable
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        axes = zip(param.shape, param.stride(), strict=True)
+        if any(stride == 0 and size > 1 for size, stride in axes):
+            raise RuntimeError(
+                "unsupported operation: more than one element of a parameter refers to a single "
+                f"memory location; received shape {tuple(param.shape)}, strides {param.stride()}"
+            )
+        if param.is_complex():
+            param, grad, exp_avg, exp_inf = map(
+                torch.view_as_real, (param, grad.resolve_conj(), exp_avg, exp_inf)
+            )
+        self._copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
+        order = torch.empty_like(param)  # dense, and as the parameter if that is dense
+        wide = state_dtype(param)
+
+        def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            if tensor.shape != order.shape:
+                raise RuntimeError(
+                    f"gradient and state must have the shape {tuple(order.shape)} of their "
+                    f"parameter; received {tuple(tensor.shape)}"
+                )
+            if (
+                (tensor.dtype, tensor.device) == (dtype, order.device)
+                and tensor.stride() == order.stride()
+                and not tensor.is_neg()
+            ):
+                return tensor
+            copy = torch.empty_like(order, dtype=dtype).copy_(tensor)
+            self._copies.append((copy, tensor))
+            return copy
+
+        grad = plain(grad, param.dtype if grad.dtype == param.dtype else wide)
+        self._copies.clear()  # nothing goes back to a gradient
+        param = plain(param, param.dtype)
+        exp_avg, exp_inf = plain(exp_avg, wide), plain(exp_inf, wide)
+        count = step
+        is_plain = step.is_floating_point() and step.itemsize >= 4
+        if not (is_plain and (step.is_cpu or step.device == param.device)):
+            count = step.to("cpu", torch.float64)
+            self._copies.append((count, step))
+        self.variable = Variable(param, grad, exp_avg, exp_inf, count)
+
+    def scatter(self) -> None:
+        """Copy back what was computed in other memory."""
+        for copy, tensor in self._copies:
+            tensor.copy_(copy)
