@@ -6,6 +6,7 @@
 
 #include "adamax/adamax.hpp"
 #include "bindings/calls.hpp"
+#include "bindings/collect.hpp"
 #include "bindings/plan.hpp"
 #include "bindings/settings.hpp"
 #include "bindings/stepper.hpp"
@@ -97,6 +98,15 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
              bool is_strict) { return self.step(arrays, sizes, groups, is_strict); },
           py::arg("arrays"), py::kw_only(), py::arg("sizes"), py::arg("groups"),
           py::arg("is_strict"));
+
+  m.def(
+      "collect",
+      [](const py::list& groups, const py::dict& states, const py::tuple& keys,
+         const py::tuple& plain_types) {
+        const Collected collected = collect(groups, states, keys, plain_types);
+        return py::make_tuple(collected.arrays, collected.sizes, collected.others);
+      },
+      py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"), py::arg("plain_types"));
 
   m.def("update", &update, py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"),
         py::kw_only(), py::arg("average"), py::arg("group"), py::arg("grad_scale"));

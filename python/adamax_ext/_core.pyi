@@ -76,6 +76,13 @@ class Stepper:
         is_strict: bool,
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
 
+def collect(
+    groups: list[list[Any]],
+    states: dict[Any, Any],
+    *,
+    keys: tuple[str, ...],
+    plain_types: tuple[type, ...],
+) -> tuple[list[Any], list[int], list[int]]: ...
 def update(
     param: Any, grad: Any, m: Any, u: Any, *, average: Any, group: Group, grad_scale: float
 ) -> None: ...

@@ -1,7 +1,8 @@
 """`Adamax` and `AdamaxW` for torch: settings and state in its words, one native call a step."""
 
+from bisect import bisect_right
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from adamax_ext import _core
 from adamax_ext.torch.tensors import Gathered, Variable, local, state_dtype
 
 _CAPTURABLE_DEVICES = ["cuda"]
+_STATE_KEYS = ("exp_avg", "exp_inf", "step")  # in the order of Variable
 
 
 class Adamax(torch.optim.Optimizer):
@@ -117,57 +119,55 @@ class Adamax(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
-        native = self.__dict__.get("_native")
-        if native is None:
-            native = self._native = _Native()
-        arrays: list[Tensor] = []  # those of a Variable for each parameter
-        sizes: list[int] = []
+        groups = self.param_groups
+        arrays, sizes, others = _core.collect(
+            [group["params"] for group in groups],
+            self.state,
+            keys=_STATE_KEYS,
+            plain_types=(Parameter, Tensor),
+        )
+        ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
-        # To walk along the states is many times cheaper than to look each parameter up.
-        states = iter(self.state.items())
-        next_param, next_state = next(states, (None, None))
-        for group in self.param_groups:
-            before = len(arrays)
-            for param in group["params"]:
-                state = None
-                if param is next_param:
-                    state = next_state
-                    next_param, next_state = next(states, (None, None))
-                grad = param.grad
-                if grad is None:
-                    continue
-                if not state:
-                    state = self.state.get(param) or new_states.get(param)
-                    if not state:
-                        state = new_states[param] = _new_state(param, group["capturable"])
-                variable = param, grad, state["exp_avg"], state["exp_inf"], state["step"]
-                kind = type(param)
-                if kind is not Parameter and kind is not Tensor:
-                    variable = local(Variable(*variable))
-                    if variable[0] is not param:
-                        wrappers.append(param)
-                arrays += variable
-            sizes.append((len(arrays) - before) // 5)
+        for i in others:
+            param, grad, *state = arrays[5 * i : 5 * i + 5]
+            if state[0] is None:
+                if param not in new_states:
+                    capturable = groups[bisect_right(ends, i)]["capturable"]
+                    new_states[param] = _new_state(param, capturable)
+                state = [new_states[param][key] for key in _STATE_KEYS]
+            variable = local(Variable(param, grad, *state))
+            if variable.param is not param:
+                wrappers.append(param)
+            arrays[5 * i : 5 * i + 5] = variable
+        for group, size, end in zip(groups, sizes, ends, strict=True):
             if group["capturable"]:
-                _require_capturable(arrays[before::5])
-        groups = native.groups_of(self.param_groups)
-        odd = native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=False)
-        if odd:
-            with torch.no_grad():
-                gathered: dict[int, Gathered] = {}  # by parameter, which may be there twice
-                for begin in (5 * i for i in odd):
-                    variable = Variable(*arrays[begin : begin + 5])
-                    key = id(variable.param)
-                    if key not in gathered:
-                        gathered[key] = Gathered(variable, type(self).__name__)
-                    arrays[begin : begin + 5] = gathered[key].variable
-                native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=True)
-                for one in gathered.values():
-                    one.scatter()
+                _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
+        self._step_arrays(arrays, sizes)
         self.state.update(new_states)
         if wrappers:
             torch.autograd.graph.increment_version(wrappers)
+
+    def _step_arrays(self, arrays: list[Tensor], sizes: list[int]) -> None:
+        """Do one step on the tensors of each Variable, one after the other in `arrays`."""
+        native = self.__dict__.get("_native")
+        if native is None:
+            native = self._native = _Native()
+        groups = native.groups_of(self.param_groups)
+        odd = native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=False)
+        if not odd:
+            return
+        with torch.no_grad():
+            gathered: dict[int, Gathered] = {}  # by parameter, which may be there twice
+            for begin in (5 * i for i in odd):
+                variable = Variable(*arrays[begin : begin + 5])
+                key = id(variable.param)
+                if key not in gathered:
+                    gathered[key] = Gathered(variable, type(self).__name__)
+                arrays[begin : begin + 5] = gathered[key].variable
+            native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=True)
+            for one in gathered.values():
+                one.scatter()
 
     # ---- Saving ----------------------------------------------------------------------------------
 
