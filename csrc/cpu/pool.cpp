@@ -1,6 +1,7 @@
 // Threads of our own, for a process in which no OpenMP runtime is loaded.
 #include "cpu/pool.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <deque>

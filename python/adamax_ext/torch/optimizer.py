@@ -143,8 +143,14 @@ class Adamax(torch.optim.Optimizer):
         for group, size, end in zip(groups, sizes, ends, strict=True):
             if group["capturable"]:
                 _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
-        self._step_arrays(arrays, sizes)
         self.state.update(new_states)
+        try:
+            self._step_arrays(arrays, sizes)
+        except BaseException:
+            for param, state in new_states.items():
+                if state["step"] == 0:  # an interrupt can come when the step is done
+                    del self.state[param]
+            raise
         if wrappers:
             torch.autograd.graph.increment_version(wrappers)
 
