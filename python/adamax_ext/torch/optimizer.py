@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -159,8 +160,16 @@ class Adamax(torch.optim.Optimizer):
         native = self.__dict__.get("_native")
         if native is None:
             native = self._native = _Native()
-        groups = native.groups_of(self.param_groups)
-        odd = native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=False)
+        groups, learning_rates = native.groups_of(self.param_groups)
+        step = partial(
+            native.stepper.step,
+            arrays,
+            sizes=sizes,
+            groups=groups,
+            learning_rates=learning_rates,
+            loss_scales=self._loss_scales(arrays),
+        )
+        odd = step(is_strict=False)
         if not odd:
             return
         with torch.no_grad():
@@ -171,9 +180,28 @@ class Adamax(torch.optim.Optimizer):
                 if key not in gathered:
                     gathered[key] = Gathered(variable, type(self).__name__)
                 arrays[begin : begin + 5] = gathered[key].variable
-            native.stepper.step(arrays, sizes=sizes, groups=groups, is_strict=True)
+            step(is_strict=True)
             for one in gathered.values():
                 one.scatter()
+
+    # ---- torch's GradScaler ----------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves it to the step to unscale, and to skip infinite gradients.
+
+        Only where a step has to do without the host: for all others GradScaler asks the GPU itself,
+        and libraries that clip gradients rely on it.
+        """
+        return all(group["capturable"] for group in self.param_groups)
+
+    def _loss_scales(self, arrays: list[Tensor]) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """Return what GradScaler gave for this step, on each device."""
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is None and found_inf is None:
+            return ()
+        devices = dict.fromkeys(param.device for param in arrays[::5])
+        return tuple((_on(device, scale), _on(device, found_inf)) for device in devices)
 
     # ---- Saving ----------------------------------------------------------------------------------
 
@@ -259,16 +287,23 @@ class _Native:
         self._settings: list[tuple[Any, ...]] = []
         self._groups: list[_core.Group] = []  # of these settings
 
-    def groups_of(self, param_groups: list[dict[str, Any]]) -> list[_core.Group]:
-        """Return native groups with the settings of those of torch."""
+    def groups_of(
+        self, param_groups: list[dict[str, Any]]
+    ) -> tuple[list[_core.Group], tuple[Tensor | None, ...]]:
+        """Return native groups with the settings of torch's; and rates that a GPU is to read."""
         count = len(param_groups)
         if len(self._groups) != count:
             self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
+        rates: list[Tensor | None] = []
         for i, group in enumerate(param_groups):
+            lr = group["lr"]
+            if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
+                rates += [None] * (i - len(rates)) + [lr]
+                lr = 0.0
             beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.
             settings = (
-                float(group["lr"]),
+                float(lr),
                 float(beta_1),
                 float(beta_2),
                 float(group["eps"]),
@@ -279,7 +314,7 @@ class _Native:
             if settings != self._settings[i]:
                 self._settings[i] = settings
                 self._groups[i] = _native_group(*settings)
-        return self._groups
+        return self._groups, tuple(rates)
 
 
 def _native_group(
@@ -298,6 +333,10 @@ def _native_group(
     group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
     group.maximize = bool(maximize)
     return group
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return None if number is None else number.to(device)
 
 
 def _require(valid: Any, what: str, received: Any) -> None:
