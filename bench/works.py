@@ -37,6 +37,7 @@ def cpu_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
     with_peers = (14,) if quick else (14, 20, 24, 26)
     one_thread = (14, 20) if quick else (14, 24)
     large, many = (20, 20) if quick else (24, 400)
+    in_groups = (many,) if quick else (10, many)
     spare = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.5
     everyone = (OURS, OURS_TORCH, OURS_CLASS, *PEERS)
     for exponent in exponents:
@@ -53,7 +54,7 @@ def cpu_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
     for backward in (False, True):
         name = f"{many} x 256{' after backward' * backward}"
         work = Work(name, ((256,),) * many, after_backward=backward)
-        grouped = [replace(work, name=f"{name}, {n} groups", groups=n) for n in (10, many)]
+        grouped = [replace(work, name=f"{name}, {n} groups", groups=n) for n in in_groups]
         yield [
             *entries(work, threads, *everyone),
             *(entry for one in grouped for entry in entries(one, threads, *CLASSES)),
