@@ -86,9 +86,9 @@ def test_every_kernel_is_there_and_uses_no_local_memory(compiled):
         print(f"{registers:>4} {sum(map(int, spilled)):>4}  {kind_of(symbol)}")
         assert (stack, *spilled) == ("0", "0", "0"), symbol
     # 8 pairs x 4 streams; 4 dtypes; 4 dtypes; 4 dtypes x 2 streams and the later levels of sums.
-    # Two sizes of tables.
+    # And the groups of numbers in device memory. Two sizes of tables.
     kinds = collections.Counter(re.match(r"[A-Z][a-z]+", kind_of(row[0]))[0] for row in found)
-    assert kinds == {"Update": 64, "Accumulate": 8, "Average": 8, "Sums": 18, "Clip": 1}
+    assert kinds == {"Update": 64, "Accumulate": 8, "Average": 8, "Sums": 18, "Clip": 1, "Make": 2}
 
 
 def is_double(kernel):
@@ -100,8 +100,10 @@ def streams_of(kernel):
     numbers = numbers_of(kernel)
     if kernel.startswith("Update"):
         storage, *others, _ = numbers
-        narrow = [(storage in PARAM_16) + (storage in GRAD_16), int(storage in PARAM_16)]
-        every = [4 + sum(others), 3 + sum(others)]
+        writes_grad = not others[1]  # where no gradients are accumulated, it can be written back
+        narrow = [(storage in PARAM_16) + (storage in GRAD_16)] * 2
+        narrow[1] -= (storage in GRAD_16) and not writes_grad
+        every = [4 + sum(others), 3 + sum(others) + writes_grad]
     else:  # Accumulate stores one stream, Average both, where it overwrites
         narrow = [int(numbers[0] in (2, 3))] * 2
         narrow[1] *= kernel.startswith("Average")
@@ -110,7 +112,11 @@ def streams_of(kernel):
 
 
 def test_elementwise_kernels_move_whole_packets_and_wait_for_all_together(kernels):
-    """Nothing waits for a stream before all are under way: no use, branch, store or barrier."""
+    """Nothing waits for a stream before all are under way: no use, branch, store or barrier.
+
+    So with the scalars of a group, which may lie in device memory: no load stands before those of
+    the streams, and those of the scalars stand beside them, guarded.
+    """
     seen = 0
     for kernel, code in kernels.items():
         assert count(code, r"(LDL|STL)\b.*") == 0, kernel
@@ -120,6 +126,8 @@ def test_elementwise_kernels_move_whole_packets_and_wait_for_all_together(kernel
             wide = [[len(loads(s, rf"LDG\.E\.{n}.*")) for n in (128, 64)] for s in packets]
             assert wide == [[*loaded]], kernel
             assert not waits(packets[0]), f"{kernel}: {waits(packets[0])}"
+            assert next(i for i in code if i.name.startswith("LDG")) in packets[0], kernel
+            assert any(i.guard for i in packets[0] if i.name.startswith("LDG")), kernel
             assert count(code, r"STG\.E\.128.*") == stored[0], kernel
             # Of doubles the elements have 8 bytes too.
             if not is_double(kernel):
@@ -176,11 +184,15 @@ def test_fused_operations_belong_to_divisions(compiled, kernels):
             width = 2 if is_double(kernel) else 4
             assert fused == each * (width + 2) + shared, kernel
             checked += 1
+        elif kernel.startswith("Make"):  # 1 / scale and the rate
+            each, shared = cost[True]
+            assert fused == 2 * each + shared, kernel
+            checked += 1
         elif not kernel.startswith("Clip"):  # its divisions and roots are once a variable
             assert fused == 0, kernel
             assert count(code, r"MUFU.*") == 0, kernel
             checked += 1
-    assert checked == 98
+    assert checked == 100
 
 
 # ---- The checks themselves -----------------------------------------------------------------------

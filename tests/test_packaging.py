@@ -244,7 +244,11 @@ def expected_of_consumer():
     for name, array in arrays.items():
         words = np.atleast_1d(array).view(f"u{array.dtype.itemsize}")
         lines.append(" ".join([name, *(f"{word:0{2 * array.dtype.itemsize}x}" for word in words)]))
-    return [*lines, "error step must be >= 1; received 0"]
+    return [
+        *(*lines, "error step must be >= 1; received 0"),
+        "error the variables are in host memory and the call takes numbers from the memory of a "
+        "GPU; expected the numbers themselves",
+    ]
 
 
 def test_consumer_of_the_installed_library(cpp_library, tmp_path):

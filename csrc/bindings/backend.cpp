@@ -52,9 +52,19 @@ int cuda_device_of(const void* memory, const Label& label) {
   return with_label(label, [memory] { return cuda_backend().device_of(memory); });
 }
 
+Runner::~Runner() {
+  const Backend& backend = backend_of(device_);
+  backend.deallocate(device_, workspace_);
+  for (const Workspace& workspace : outgrown_) backend.deallocate(device_, workspace);
+}
+
 void Runner::allocate(const Backend& backend, std::size_t bytes) {
   if (bytes <= workspace_.bytes) return;
-  backend.deallocate(device_, std::exchange(workspace_, {}));
+  if (for_graphs_) {
+    outgrown_.push_back(std::exchange(workspace_, {}));
+  } else {
+    backend.deallocate(device_, std::exchange(workspace_, {}));
+  }
   workspace_ = backend.allocate(device_, bytes);
 }
 
@@ -77,7 +87,9 @@ Outcome Runner::run(const Program& program, const Streams& streams, const Leases
       backend.synchronize(queue);    // refuses a capture, which an allocation would break
       allocate(backend, bytes);
     }
-    const Outcome outcome = backend.run(queue, workspace_, program);
+    Workspace workspace = workspace_;
+    if (for_graphs_) workspace.last_use = nullptr;
+    const Outcome outcome = backend.run(queue, workspace, program);
     // What later uses the memory on a stream that nobody named would not wait for this work.
     if (leases.needs_synchronization || queue.after_all) {
       backend.synchronize({device_, queue.stream});

@@ -42,12 +42,15 @@ class Streams {
 };
 
 // Runs programs on one device, with a workspace that is kept from run to run. All without the GIL.
+//
+// With `for_graphs` a run may be captured into a CUDA graph: the caller sees to it that runs and
+// replays come one after another, and all memory that a graph can have is kept until the end.
 class Runner {
  public:
-  explicit Runner(int device) : device_(device) {}
+  explicit Runner(int device, bool for_graphs = false) : device_(device), for_graphs_(for_graphs) {}
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
-  ~Runner() { backend_of(device_).deallocate(device_, workspace_); }
+  ~Runner();
 
   // Waits for all work on the device, and allocates what programs need that are like this one, or
   // part of it.
@@ -59,7 +62,9 @@ class Runner {
   void allocate(const Backend& backend, std::size_t bytes);
 
   int device_;
+  bool for_graphs_;
   Workspace workspace_;
+  std::vector<Workspace> outgrown_;  // by later programs
 };
 
 // Runs a program of no optimizer, with the workspace of earlier such calls of the thread.

@@ -93,11 +93,16 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def(py::init<>())
       .def(
           "step",
-          [](Stepper& self, const py::list& arrays, const std::vector<std::size_t>& sizes,
-             const std::vector<Group>& groups,
-             bool is_strict) { return self.step(arrays, sizes, groups, is_strict); },
+          [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,
+             std::vector<Group> groups, py::tuple learning_rates, py::tuple loss_scales,
+             bool is_strict) {
+            return self.step(arrays,
+                             {std::move(sizes), std::move(groups), std::move(learning_rates),
+                              std::move(loss_scales)},
+                             is_strict);
+          },
           py::arg("arrays"), py::kw_only(), py::arg("sizes"), py::arg("groups"),
-          py::arg("is_strict"));
+          py::arg("learning_rates"), py::arg("loss_scales"), py::arg("is_strict"));
 
   m.def(
       "collect",

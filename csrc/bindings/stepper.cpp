@@ -30,37 +30,53 @@ bool is_refusal(const py::error_already_set& error) {
          error.matches(PyExc_BufferError);
 }
 
-// The groups of a call: settings with a step number.
-class NumberedGroups {
- public:
-  explicit NumberedGroups(const std::vector<Group>& settings) : settings_(settings) {}
-
-  // The position of a group. Those with the same settings are best asked for together.
-  std::uint32_t with(std::size_t settings, std::int64_t step) {
-    if (groups_.empty() || settings != last_settings_) {
-      last_settings_ = settings;
-      by_step_.clear();
-    } else if (groups_.back().step == step) {
-      return static_cast<std::uint32_t>(groups_.size() - 1);
-    }
-    const auto [found, is_new] = by_step_.emplace(step, groups_.size());
-    if (is_new) {
-      groups_.push_back(settings_.at(settings));
-      groups_.back().step = step;
-    }
-    return found->second;
-  }
-
-  const std::vector<Group>& groups() const { return groups_; }
-
- private:
-  const std::vector<Group>& settings_;
-  std::vector<Group> groups_;
-  std::size_t last_settings_ = 0;
-  std::unordered_map<std::int64_t, std::uint32_t> by_step_;  // of the last settings
-};
+// One number in device memory, as its importer found it.
+ScalarType scalar_type(const Buffer& number, const Label& label) {
+  if (number.size == 1 && number.dtype == DType::kFloat32) return ScalarType::kFloat32;
+  if (number.size == 1 && number.dtype == DType::kFloat64) return ScalarType::kFloat64;
+  throw py::value_error(label.text() + " has " + std::to_string(number.size) + " elements of " +
+                        std::string(dtype_name(number.dtype)) +
+                        "; expected one, of float32 or float64");
+}
 
 }  // namespace
+
+// Variables of one device that are stepped together, in order, with their groups: settings with a
+// step number.
+struct Stepper::Part {
+  int device;
+  std::vector<Variable> variables;
+  std::vector<Group> groups;
+  // Of the settings that were added last: those with the same are best added together.
+  std::size_t last_settings = 0;
+  std::unordered_map<std::int64_t, std::uint32_t> by_step;
+
+  void add(const Entry& entry, std::size_t settings, const Group& group) {
+    variables.push_back(entry.variable);
+    if (entry.count_device != kHost) {  // nobody knows yet whether it is that of another one
+      groups.push_back(group);
+      groups.back().device.step = entry.count;
+      groups.back().device.step_type =
+          entry.count_dtype == DType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+      variables.back().group = static_cast<std::uint32_t>(groups.size() - 1);
+      return;
+    }
+    if (settings != last_settings) by_step.clear();
+    last_settings = settings;
+    const auto step = static_cast<std::int64_t>(entry.step);
+    const auto [found, is_new] = by_step.try_emplace(step, groups.size());
+    if (is_new) {
+      groups.push_back(group);
+      groups.back().step = step;
+    }
+    variables.back().group = found->second;
+  }
+};
+
+Stepper::~Stepper() {
+  const py::gil_scoped_release release;  // a GPU may have to finish first
+  runners_.clear();
+}
 
 std::span<const char> Stepper::Entry::param() const {
   return {static_cast<const char*>(variable.memory.param),
@@ -141,14 +157,49 @@ void Stepper::import(std::size_t i, const py::tuple& arrays, Leases& leases) {
 
   const Label count_label = label(kSteps, i);
   import_counts(item(arrays, i, kSteps), count_label, leases, buffer);
-  require_same_device(buffer, count_label, {}, {"the host"});
-  if (buffer.size != 1 || compute_dtype(buffer.dtype) != buffer.dtype) {
-    throw py::value_error(count_label.text() + " has " + std::to_string(buffer.size) +
-                          " elements of " + std::string(dtype_name(buffer.dtype)) +
-                          "; expected one, of float32 or float64");
-  }
+  if (buffer.device != kHost) require_same_device(buffer, count_label, param, param_label);
+  scalar_type(buffer, count_label);
+  entry.count_device = buffer.device;
   entry.count_dtype = buffer.dtype;
   place(entry.count, buffer);
+}
+
+// Those in device memory.
+void Stepper::import_numbers(StepSettings& settings, Leases& leases) {
+  const auto imported = [&](const py::handle& array, const Label& label, Buffer& buffer) {
+    import_buffer(array, label, Access::kRead, leases, buffer);
+    if (buffer.device == kHost) {
+      throw py::value_error(label.text() + " is in host memory; expected that of a GPU");
+    }
+    streams_[buffer.device].add(buffer);
+  };
+  Buffer buffer;
+  for (std::size_t i = 0; i < settings.learning_rates.size(); ++i) {
+    const Label label{"learning_rates", static_cast<py::ssize_t>(i)};
+    const py::object rate = settings.learning_rates[i];
+    if (rate.is_none()) continue;
+    imported(rate, label, buffer);
+    DeviceScalars& device = settings.groups.at(i).device;
+    device.learning_rate = buffer.data;
+    device.learning_rate_type = scalar_type(buffer, label);
+  }
+  loss_scales_.clear();
+  for (const py::handle pair : settings.loss_scales) {
+    const py::tuple numbers = py::reinterpret_borrow<py::tuple>(pair);
+    const auto number = [&](int k, const char* role) -> const float* {
+      const py::object array = numbers[k];
+      if (array.is_none()) return nullptr;
+      imported(array, {role}, buffer);
+      if (scalar_type(buffer, {role}) != ScalarType::kFloat32) {
+        throw py::value_error(std::string(role) + " has dtype float64; expected float32");
+      }
+      return reinterpret_cast<const float*>(buffer.data);
+    };
+    const float* const scale = number(0, "grad_scale");
+    const float* const found_inf = number(1, "found_inf");
+    if (scale == nullptr && found_inf == nullptr) continue;
+    loss_scales_[buffer.device] = {scale, found_inf, /*writes_gradients=*/scale != nullptr};
+  }
 }
 
 // Whether something that is written lies in other memory of the call.
@@ -171,58 +222,57 @@ bool Stepper::share_memory() {
   return false;
 }
 
-// Everything is checked here, before the first of it runs.
-std::vector<Stepper::Work> Stepper::plan_work(const std::vector<std::size_t>& sizes,
-                                              const std::vector<Group>& settings, bool one_by_one) {
-  NumberedGroups groups(settings);
-  std::vector<std::pair<int, std::vector<Variable>>> parts;  // a device each, or a variable each
-  std::unordered_map<const void*, double> steps;  // of counts that are shared, one by one
+// Finds the numbers of this step where they are counted on the host.
+void Stepper::number(bool one_by_one) {
+  std::unordered_map<const void*, double> steps;  // of counts that variables share
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
+    if (entry.count_device != kHost) continue;
+    entry.step = entry.raised(entry.completed());
+    if (one_by_one) {
+      const auto [before, is_first] = steps.emplace(entry.count, entry.step);
+      if (!is_first) entry.step = before->second = entry.raised(before->second);
+    }
+    if (!(entry.step >= 1 && entry.step < 0x1p63) || entry.step != std::floor(entry.step)) {
+      throw py::value_error(label(kSteps, i).text() + " must be a whole number >= 0; received " +
+                            std::to_string(entry.completed()));
+    }
+  }
+}
+
+std::vector<Stepper::Part> Stepper::parts(const StepSettings& settings, bool one_by_one) {
+  std::vector<Part> parts;  // one for each device, or each variable
   std::size_t i = 0;
-  for (std::size_t group = 0; group < sizes.size(); ++group) {
-    for (const std::size_t end = i + sizes[group]; i < end; ++i) {
-      Entry& entry = entries_.at(i);
-      entry.step = entry.raised(entry.completed());
-      if (one_by_one) {
-        const auto [before, is_first] = steps.emplace(entry.count, entry.step);
-        if (!is_first) entry.step = before->second = entry.raised(before->second);
+  for (std::size_t group = 0; group < settings.sizes.size(); ++group) {
+    for (const std::size_t end = i + settings.sizes[group]; i < end; ++i) {
+      const Entry& entry = entries_[i];
+      if (one_by_one) {  // each by itself has to be sound
         WrittenMemory written;
         entry.add_to(written, i);
         written.seal();
         std::size_t place = 0;
         written.require_readable(entry.grad(), label(kGrad, i), entry.param(), place);
       }
-      if (!(entry.step >= 1 && entry.step < 0x1p63) || entry.step != std::floor(entry.step)) {
-        throw py::value_error(label(kSteps, i).text() + " must be a whole number >= 0; received " +
-                              std::to_string(entry.completed()));
-      }
-      Variable variable = entry.variable;
-      variable.group = groups.with(group, static_cast<std::int64_t>(entry.step));
-      const auto same_device = [&](const auto& part) { return part.first == entry.device; };
-      auto part = one_by_one ? parts.end() : std::find_if(parts.begin(), parts.end(), same_device);
-      if (part == parts.end()) {
-        parts.push_back({entry.device, {}});
-        part = parts.end() - 1;
-      }
-      part->second.push_back(variable);
+      auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& other) {
+        return !one_by_one && other.device == entry.device;
+      });
+      if (part == parts.end()) part = parts.insert(part, Part{.device = entry.device});
+      part->add(entry, group, settings.groups[group]);
     }
   }
-  std::vector<Work> work;
-  for (const auto& [device, variables] : parts) {
-    work.push_back({device, make_program(variables, groups.groups(), {})});
-  }
-  return work;
+  return parts;
 }
 
-std::vector<std::size_t> Stepper::step(const py::tuple& arrays,
-                                       const std::vector<std::size_t>& sizes,
-                                       const std::vector<Group>& groups, bool is_strict) {
+std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings settings,
+                                       bool is_strict) {
   const Busy busy(is_busy_);
-  const std::size_t count = arrays.size() / kNumRoles;
-  if (std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}) * kNumRoles != arrays.size() ||
-      sizes.size() != groups.size()) {
+  const std::size_t count =
+      std::accumulate(settings.sizes.begin(), settings.sizes.end(), std::size_t{0});
+  if (count * kNumRoles != arrays.size() || settings.sizes.size() != settings.groups.size()) {
     throw py::value_error(
-        "sizes must have an entry for each of the " + std::to_string(groups.size()) +
-        " groups, which add up to a fifth of the " + std::to_string(arrays.size()) + " arrays");
+        "sizes must have an entry for each of the " + std::to_string(settings.groups.size()) +
+        " groups, which add up to a fifth of the " + std::to_string(arrays.size()) +
+        " arrays; received a sum of " + std::to_string(count));
   }
   Leases leases;
   streams_.clear();
@@ -231,7 +281,7 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays,
     entries_.resize(count);
   }
   std::vector<std::size_t> odd;
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
+  for (std::size_t i = 0; i < count; ++i) {
     try {
       import(i, arrays, leases);
     } catch (const py::builtin_exception&) {
@@ -243,14 +293,23 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays,
     }
   }
   if (!odd.empty()) return odd;
+  import_numbers(settings, leases);
 
-  for (const Work& work : plan_work(sizes, groups, share_memory())) {
-    runners_.try_emplace(work.device, work.device)
-        .first->second.run(work.program, streams_[work.device], leases);
+  const bool one_by_one = share_memory();
+  number(one_by_one);
+  std::vector<std::pair<int, Program>> programs;  // all of them are checked before the first runs
+  for (const Part& part : parts(settings, one_by_one)) {
+    const auto scale = loss_scales_.find(part.device);
+    const Call call{.device = scale != loss_scales_.end() ? scale->second : DeviceLossScale{}};
+    programs.emplace_back(part.device, make_program(part.variables, part.groups, call));
+  }
+  for (const auto& [device, program] : programs) {
+    const auto [runner, _] = runners_.try_emplace(device, device, /*for_graphs=*/true);
+    runner->second.run(program, streams_[device], leases);
   }
   std::vector<py::handle> written;
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    entries_[i].write_count();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (entries_[i].count_device == kHost) entries_[i].write_count();
     written.push_back(item(arrays, i, kParam));
   }
   note_written(written);

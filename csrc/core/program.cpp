@@ -55,9 +55,16 @@ Arrays memory_for(Operation operation, std::size_t i, const Variable& v, const C
   return memory;
 }
 
-// The scalars of all groups. Throws std::invalid_argument, with the group's number if there are
-// several.
-std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call) {
+bool takes_device_scalars(std::span<const Group> groups, const Call& call) {
+  return call.device.scale != nullptr || call.device.found_inf != nullptr ||
+         std::any_of(groups.begin(), groups.end(), [](const Group& group) {
+           return group.device.step != nullptr || group.device.learning_rate != nullptr;
+         });
+}
+
+// The scalars of all groups, or their base scalars where nothing here may follow from rate and
+// step. Throws std::invalid_argument, with the group's number if there are several.
+std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call, bool only_base) {
   std::vector<Scalars> scalars;
   scalars.reserve(groups.size());
   const Group* before = nullptr;
@@ -65,6 +72,10 @@ std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call)
   for (const Group& group : groups) {
     try {
       check_group(group, call);
+      if (only_base) {
+        scalars.push_back(make_base_scalars(group, call));
+        continue;
+      }
       // Groups mostly differ in something else, and the power is the dearest of their scalars.
       if (before == nullptr || group.beta_1 != before->beta_1 || group.step != before->step) {
         bias = bias_correction(group.beta_1, group.step);
@@ -90,7 +101,22 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
   program.require_finite = call.require_finite;
   if (call.phase == Phase::kUpdate) program.clip = call.clip;
   program.sums_accumulators = program.clip.rule != ClipRule::kNone && call.micro_batches > 1;
-  program.groups = scalars_of(groups, call);
+  const bool needs_rates = call.phase != Phase::kFinalize;
+  const bool for_device = needs_rates && takes_device_scalars(groups, call);
+  program.groups = scalars_of(groups, call, for_device || !needs_rates);
+  if (for_device) {
+    if (call.require_finite) {
+      throw std::invalid_argument(
+          "require_finite must be false where numbers are taken from device memory, found_inf "
+          "among them; received true");
+    }
+    program.device_groups.reserve(groups.size());
+    for (const Group& group : groups) {
+      program.device_groups.push_back({group.beta_1, group.step, group.device});
+    }
+    program.loss_scale = call.device;
+    program.counts_steps = call.phase == Phase::kUpdate;
+  }
   if (call.phase == Phase::kFinalize) {
     for (Scalars& scalars : program.groups) {
       scalars.average_mode = AverageMode::kKeep;

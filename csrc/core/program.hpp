@@ -1,6 +1,7 @@
 // A call as plain data: all checks are made and all decisions taken; a backend only runs it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -31,11 +32,24 @@ struct Row {
   DType grad_dtype() const { return kStorages[storage].grad; }
 };
 
+// What the scalars of a group are made of beside its base scalars, where a program takes numbers
+// from device memory.
+struct DeviceGroup {
+  double beta_1;
+  std::int64_t step;  // unless it lies in device memory
+  DeviceScalars memory;
+};
+
 // First the sums, if there are any; then, unless a gradient is not finite, the operations.
 struct Program {
   std::vector<Scalars> groups;
-  std::vector<Row> rows;  // in the order of the variables, in which norms add up
-  Clip clip;              // by the sums
+  // Numbers in device memory. If there are any, this has an entry for each group, and the groups
+  // are their base scalars: the device makes the others, at the begin.
+  std::vector<DeviceGroup> device_groups;
+  DeviceLossScale loss_scale;
+  bool counts_steps = false;  // adds 1 to steps in device memory, where groups ask for it
+  std::vector<Row> rows;      // in the order of the variables, in which norms add up
+  Clip clip;                  // by the sums
   bool require_finite = false;
   // Sums are of the gradients as a clip sees them: unscaled, and averaged with the accumulators;
   // or of the gradients alone. Finiteness is always that of the gradient as it was passed, because
@@ -43,6 +57,13 @@ struct Program {
   bool sums_accumulators = false;
   bool wants_norm = false;  // Outcome::norm
 
+  bool has_device_scalars() const { return !device_groups.empty(); }
+  // Whether it may be run again and again as it is: no step number is part of it.
+  bool is_repeatable() const {
+    return has_device_scalars() &&
+           std::all_of(device_groups.begin(), device_groups.end(),
+                       [](const DeviceGroup& group) { return group.memory.step != nullptr; });
+  }
   bool has_sums() const { return clip.rule != ClipRule::kNone || require_finite || wants_norm; }
 };
 

@@ -29,7 +29,9 @@ void require_beta(const char* name, double value) {
 }  // namespace
 
 void check_group(const Group& g, const Call& call) {
-  require(std::isfinite(g.learning_rate), "learning_rate", "finite", g.learning_rate);
+  if (g.device.learning_rate == nullptr) {
+    require(std::isfinite(g.learning_rate), "learning_rate", "finite", g.learning_rate);
+  }
   require_beta("beta_1", g.beta_1);
   require_beta("beta_2", g.beta_2);
   if (g.epsilon_rule == EpsilonRule::kInside) {
@@ -44,7 +46,7 @@ void check_group(const Group& g, const Call& call) {
             *g.clipvalue);
   }
   require(g.ema_momentum >= 0 && g.ema_momentum <= 1, "ema_momentum", "in [0, 1]", g.ema_momentum);
-  require(g.step >= 1, "step", ">= 1", static_cast<double>(g.step));
+  if (g.device.step == nullptr) require(g.step >= 1, "step", ">= 1", static_cast<double>(g.step));
   require(g.decay != DecayRule::kNone || g.weight_decay == 0, "weight_decay",
           "0 with DecayRule::kNone", g.weight_decay);
 }
@@ -57,23 +59,34 @@ void check_call(const Call& call) {
   }
   require(call.micro_batches >= 1, "micro_batches", ">= 1",
           static_cast<double>(call.micro_batches));
+  const DeviceLossScale& device = call.device;
+  require(device.scale != nullptr || !device.writes_gradients, "writes_gradients",
+          "false without a loss scale in device memory", device.writes_gradients);
+  require((call.micro_batches == 1 && call.phase != Phase::kAccumulate) || !device.writes_gradients,
+          "writes_gradients", "false where gradients are accumulated", device.writes_gradients);
 }
 
-Scalars make_scalars(const Group& g, const Call& call, double bias_correction) {
+Scalars make_base_scalars(const Group& g, const Call& call) {
   Scalars s;
   s.grad_scale = g.maximize ? -call.grad_scale : call.grad_scale;
   s.mean_scale = 1.0 / static_cast<double>(call.micro_batches);
   if (g.clipvalue) s.clip_value = *g.clipvalue;
   s.decay_rule = g.weight_decay == 0 ? DecayRule::kNone : g.decay;
-  s.decay = g.decay == DecayRule::kL2 ? g.weight_decay : g.learning_rate * g.weight_decay;
+  s.decay = g.weight_decay;
   s.one_minus_beta_1 = 1.0 - g.beta_1;
   s.beta_2 = g.beta_2;
   s.epsilon = g.epsilon;
   s.epsilon_rule = g.epsilon_rule;
-  s.rate = g.learning_rate / bias_correction;
+  s.rate = g.device.learning_rate == nullptr ? g.learning_rate : 0.0;
   s.ema_momentum = g.ema_momentum;
-  s.average_mode = g.step == 1 ? AverageMode::kStart : AverageMode::kRunning;
   s.overwrite = call.overwrite;
+  if (call.device.writes_gradients) s.gradient_sign = g.maximize ? -1 : 1;
+  return s;
+}
+
+Scalars make_scalars(const Group& g, const Call& call, double bias_correction) {
+  Scalars s = make_base_scalars(g, call);
+  set_rate(s, g.learning_rate, bias_correction, g.step == 1);
   require(std::isfinite(s.rate), "learning_rate",
           "small enough that learning_rate / (1 - beta_1^step) is finite", g.learning_rate);
   require(std::isfinite(s.decay), "weight_decay",

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "adamax/rules.hpp"
+#include "core/host_device.hpp"
 
 namespace adamax {
 
@@ -33,17 +34,32 @@ struct Scalars {
   EpsilonRule epsilon_rule{};
   AverageMode average_mode{};
   bool overwrite = false;  // w = average at the end
+  // Times the unscaled gradient it is what is written back, without the sign of an ascending group;
+  // 0: nothing is.
+  std::int8_t gradient_sign = 0;
 };
+
+// Sets what follows from the learning rate and the step. Before, `decay` is the weight decay.
+ADAMAX_HOST_DEVICE void set_rate(Scalars& s, double learning_rate, double bias_correction,
+                                 bool is_first) {
+  s.rate = learning_rate / bias_correction;
+  if (s.decay_rule == DecayRule::kDecoupled) s.decay = learning_rate * s.decay;
+  s.average_mode = is_first ? AverageMode::kStart : AverageMode::kRunning;
+}
 
 struct Group;
 struct Call;
 
-// Throw std::invalid_argument for a setting out of range.
+// Throw std::invalid_argument for a setting out of range. What lies in device memory is not known,
+// and the group's own number in its place is not looked at.
 void check_call(const Call& call);
 void check_group(const Group& group, const Call& call);
 
-// Of checked settings; `bias_correction` is 1 - beta_1^step. Throws std::invalid_argument for a
-// rate or a decay that overflows.
+// Of checked settings, before set_rate(): `rate` is still the learning rate, or 0 where that lies
+// in device memory, and `decay` the weight decay.
+Scalars make_base_scalars(const Group& group, const Call& call);
+// With set_rate(); `bias_correction` is 1 - beta_1^step. Throws std::invalid_argument for a rate or
+// a decay that overflows.
 Scalars make_scalars(const Group& group, const Call& call, double bias_correction);
 
 // Throws std::invalid_argument if a scalar, made of a group and a call, is lost in float32: an

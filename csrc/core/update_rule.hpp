@@ -22,7 +22,7 @@ struct VectorScalars {
   bool unscales, clips;  // whether these change anything; skipped otherwise
 
   VectorScalars() = default;
-  VectorScalars(const Scalars& s, double clip)
+  ADAMAX_HOST_DEVICE VectorScalars(const Scalars& s, double clip)
       : grad_scale(static_cast<T>(s.grad_scale)),
         mean_scale(static_cast<T>(s.mean_scale)),
         clip_scale(static_cast<T>(clip)),

@@ -61,6 +61,11 @@ std::int64_t head_of(const Row& row, const Piece& piece) {
 }
 
 Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
+  if (program.has_device_scalars()) {
+    throw std::invalid_argument(
+        "the variables are in host memory and the call takes numbers from the memory of a GPU; "
+        "expected the numbers themselves");
+  }
   const KernelTable& table = active_table();
   const Work work(program.rows);
   Sums sums(program, workspace.memory);

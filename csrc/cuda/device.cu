@@ -46,6 +46,18 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
+// For calls that a capture on any stream of the process would forbid, and that are no part of it.
+class OutsideOfCaptures {
+ public:
+  OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideOfCaptures(const OutsideOfCaptures&) = delete;
+  OutsideOfCaptures& operator=(const OutsideOfCaptures&) = delete;
+  ~OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Where the host finds whether gradients were finite: pinned, so that a copy to it is queued. A
 // call has one to itself until it was read; then it waits for the next call, of any thread.
 class HostFlags {
@@ -115,11 +127,12 @@ __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ 
 
 class Device {
  public:
-  explicit Device(const Queue& queue)
+  // What is repeatable may be captured into a graph, if nothing is waited for.
+  explicit Device(const Queue& queue, bool is_repeatable = false)
       : current_(queue.device),
         stream_(reinterpret_cast<cudaStream_t>(queue.stream)),
         others_(queue.others) {
-    require_no_capture(stream_);
+    require_no_capture(stream_, is_repeatable && others_.empty() && !queue.after_all);
     for (const std::uintptr_t other : others_) {
       require_no_capture(reinterpret_cast<cudaStream_t>(other));
     }
@@ -233,6 +246,7 @@ class Device {
   // With all that programs in it need, so that they allocate nothing.
   static Workspace allocate(int device, std::size_t bytes) {
     const CurrentDevice current(device);
+    const OutsideOfCaptures outside;
     host_flags().give(host_flags().take());
     Event last_use;
     void* memory = nullptr;
@@ -244,6 +258,7 @@ class Device {
     if (workspace.memory == nullptr) return;
     try {
       const CurrentDevice current(device);
+      const OutsideOfCaptures outside;
       const auto last_use = static_cast<cudaEvent_t>(workspace.last_use);
       cudaEventSynchronize(last_use);
       cudaEventDestroy(last_use);
@@ -253,9 +268,10 @@ class Device {
   }
 
  private:
-  static void require_no_capture(cudaStream_t stream) {
+  static void require_no_capture(cudaStream_t stream, bool unless_active = false) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+    if (unless_active && status == cudaStreamCaptureStatusActive) return;
     if (error == cudaErrorStreamCaptureImplicit || status != cudaStreamCaptureStatusNone) {
       cudaGetLastError();
       throw std::runtime_error(kCaptureRefused);

@@ -12,7 +12,9 @@
 
 #include "core/backend.hpp"
 #include "core/fp_mode.hpp"
+#include "cuda/device_groups.hpp"
 #include "cuda/kernels.hpp"
+#include "cuda/norms.hpp"
 #include "cuda/scratch.hpp"
 
 namespace adamax::cuda {
@@ -28,8 +30,12 @@ class Run {
 
   Outcome outcome() {
     if (last_use_ != nullptr) device_.wait_for(last_use_);
-    set_groups(float_groups_, scratch_.float_groups);
-    set_groups(double_groups_, scratch_.double_groups);
+    if (program_.has_device_scalars()) {
+      make_groups();
+    } else {
+      set_groups(float_groups_, scratch_.float_groups);
+      set_groups(double_groups_, scratch_.double_groups);
+    }
     if (scratch_.num_sums > 0) sum();
     sort_rows();
     [this]<int... k>(std::integer_sequence<int, k...>) {
@@ -59,6 +65,23 @@ class Run {
       device_.upload(memory, rounded.data(), rounded.size() * sizeof(rounded[0]));
       groups.many = static_cast<const GroupScalars<V>*>(memory);
     }
+  }
+  // Of what device memory has when the kernel runs: nothing of it is known here, nothing is
+  // uploaded.
+  void make_groups() {
+    auto* const floats = static_cast<GroupScalars<scalar::F32>*>(scratch_.float_groups);
+    auto* const doubles = static_cast<GroupScalars<scalar::F64>*>(scratch_.double_groups);
+    float_groups_.many = floats;
+    double_groups_.many = doubles;
+    std::vector<GroupRow> rows;
+    rows.reserve(program_.groups.size());
+    for (std::uint32_t i = 0; i < program_.groups.size(); ++i) {
+      rows.push_back({program_.groups[i], program_.device_groups[i], i});
+    }
+    launch_rows(std::span<const GroupRow>(rows), [&](auto is_small) {
+      return MakeGroups<is_small>{
+          {}, floats, doubles, program_.loss_scale, scratch_.vetoed, program_.counts_steps};
+    });
   }
   const Groups<scalar::F32>& groups_of(scalar::F32) const { return float_groups_; }
   const Groups<scalar::F64>& groups_of(scalar::F64) const { return double_groups_; }
@@ -199,7 +222,7 @@ class Run {
     launch_rows(std::span(rows), [&](auto is_small) {
       auto kernel = make(is_small);
       kernel.groups = groups_of(V());
-      kernel.veto = scratch_.not_finite;
+      kernel.veto = scratch_.vetoed != nullptr ? scratch_.vetoed : scratch_.not_finite;
       return kernel;
     });
   }
@@ -226,7 +249,8 @@ Backend make_backend() {
       .run =
           [](const Queue& queue, const Workspace& workspace, const Program& program) {
             const FloatingPointMode ieee;  // scalars are rounded here
-            Device device(queue);
+            // An event would be part of a graph that is being captured, and so of no use outside.
+            Device device(queue, program.is_repeatable() && workspace.last_use == nullptr);
             const Outcome outcome = Run<Device>(device, program, workspace).outcome();
             device.finish();
             return outcome;

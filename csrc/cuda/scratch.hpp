@@ -22,7 +22,8 @@ struct Scratch {
       ++num_sums;
       for (std::int64_t n = num_blocks(row.size); n > 1; n = num_blocks(n)) chunks += n;
     }
-    const std::size_t many = program.groups.size() > kFewGroups ? program.groups.size() : 0;
+    const bool are_many = program.groups.size() > kFewGroups || program.has_device_scalars();
+    const std::size_t many = are_many ? program.groups.size() : 0;
     const auto begin = reinterpret_cast<std::uintptr_t>(memory);
     std::uintptr_t end = begin;
     const auto take = [&end](std::size_t count, std::size_t size) {
@@ -37,6 +38,7 @@ struct Scratch {
     double_groups = take(doubles > 0 ? many : 0, sizeof(GroupScalars<scalar::F64>));
     float_groups = take(floats > 0 ? many : 0, sizeof(GroupScalars<scalar::F32>));
     not_finite = static_cast<int*>(take(program.require_finite && num_sums > 0, sizeof(int)));
+    vetoed = static_cast<int*>(take(program.loss_scale.found_inf != nullptr, sizeof(int)));
     bytes = end - begin;
   }
 
@@ -45,8 +47,8 @@ struct Scratch {
   double* sums;                        // of the rows that are summed, in their order
   double* clips;                       // their coefficients
   double* chunk_sums;                  // of all levels
-  void *double_groups, *float_groups;  // where they are not few
-  int* not_finite;
+  void *double_groups, *float_groups;  // where they are not few, or the device makes them
+  int *not_finite, *vetoed;            // no program has both
 };
 
 }  // namespace adamax::cuda

@@ -13,26 +13,44 @@ namespace adamax::cuda {
 
 // ---- Groups -------------------------------------------------------------------------------------
 
+// What a group does, in one word: members of their own are loaded together and then taken apart,
+// which ptxas does beside the loads of elements, and so waits.
+class Rules {
+ public:
+  Rules() = default;
+  ADAMAX_HOST_DEVICE explicit Rules(const Scalars& s)
+      : word_(static_cast<std::uint32_t>(s.decay_rule) |
+              static_cast<std::uint32_t>(s.epsilon_rule) << 2 |
+              static_cast<std::uint32_t>(s.average_mode) << 3 |
+              static_cast<std::uint32_t>(s.overwrite) << 5 |
+              static_cast<std::uint32_t>(s.gradient_sign + 1) << 6) {}
+
+  ADAMAX_HOST_DEVICE DecayRule decay() const { return static_cast<DecayRule>(word_ & 3); }
+  ADAMAX_HOST_DEVICE EpsilonRule epsilon() const {
+    return static_cast<EpsilonRule>(word_ >> 2 & 1);
+  }
+  ADAMAX_HOST_DEVICE AverageMode average() const {
+    return static_cast<AverageMode>(word_ >> 3 & 3);
+  }
+  ADAMAX_HOST_DEVICE bool overwrites() const { return (word_ >> 5 & 1) != 0; }
+  ADAMAX_HOST_DEVICE int gradient_sign() const { return static_cast<int>(word_ >> 6) - 1; }
+
+ private:
+  std::uint32_t word_;
+};
+
 // The scalars of a group, rounded to the type in which its rows are computed. `V` is a scalar::Vec.
 template <class V>
 struct GroupScalars {
   VectorScalars<V> scalars;
-  DecayRule decay_rule;
-  EpsilonRule epsilon_rule;
-  AverageMode average_mode;
-  bool overwrite;
+  Rules rules;
 
   GroupScalars() = default;
-  explicit GroupScalars(const Scalars& s)
-      : scalars(s, 1.0),
-        decay_rule(s.decay_rule),
-        epsilon_rule(s.epsilon_rule),
-        average_mode(s.average_mode),
-        overwrite(s.overwrite) {}
+  ADAMAX_HOST_DEVICE explicit GroupScalars(const Scalars& s) : scalars(s, 1.0), rules(s) {}
 };
 
-// A few groups travel as arguments, more of them in device memory: one launch has rows of any
-// number of groups.
+// A few groups travel as arguments, more of them in device memory, as do those that the device
+// makes itself: one launch has rows of any number of groups.
 constexpr int kFewGroups = 16;
 
 template <class V>
@@ -40,9 +58,16 @@ struct Groups {
   GroupScalars<V> few[kFewGroups];
   const GroupScalars<V>* many;  // in device memory; null: they are few
 
-  ADAMAX_HOST_DEVICE GroupScalars<V> of(std::uint32_t group) const {
-    if (many != nullptr) return many[group];
-    return few[group];
+  // The argument; any of them where groups lie in device memory.
+  ADAMAX_HOST_DEVICE GroupScalars<V> argument(std::uint32_t group) const {
+    return few[many != nullptr ? 0 : group];
+  }
+  // The argument, or in its place what device memory has: beside loads of elements ptxas makes
+  // loads of it that take place or not, for which no other waits. A choice of the two would be a
+  // branch.
+  ADAMAX_HOST_DEVICE GroupScalars<V> of(std::uint32_t group, GroupScalars<V> argument) const {
+    if (many != nullptr) argument = many[group];
+    return argument;
   }
 };
 

@@ -1,6 +1,8 @@
 // An emulated CUDA device: the kernels run thread by thread on the host, and a log tells what a GPU
 // would have been asked. Linked with csrc/cuda/module.cpp it is a module _cuda for tests.
 #include <cstring>
+#include <functional>
+#include <map>
 #include <mutex>
 #include <new>
 #include <set>
@@ -17,8 +19,9 @@ namespace adamax::cuda {
 namespace {
 
 std::string the_log;
-std::set<std::uintptr_t> capturing;  // streams
-std::vector<void (*)()> pending;     // what the device has still to do, on any stream
+std::set<std::uintptr_t> capturing;                                   // streams
+std::map<std::uintptr_t, std::vector<std::function<void()>>> graphs;  // what was captured of each
+std::vector<void (*)()> pending;  // what the device has still to do, on any stream
 std::uintptr_t device_1_begin = 0, device_1_end = 0;
 std::uint64_t first_element = 0;  // of elementwise kernels: the chunks before are left out
 Found the_machine{13000, 13000, 2, "", 0, 86};
@@ -35,8 +38,10 @@ void finish_pending() {
 
 class Device {
  public:
-  explicit Device(const Queue& queue) : queue_(queue) {
-    require_no_capture(queue_.stream);
+  explicit Device(const Queue& queue, bool is_repeatable = false) : queue_(queue) {
+    if (!is_repeatable || !queue.others.empty() || queue.after_all) {
+      require_no_capture(queue_.stream);
+    }
     for (const std::uintptr_t other : queue_.others) require_no_capture(other);
     if (queue_.after_all) {
       log("synchronize device");
@@ -50,18 +55,32 @@ class Device {
 
   // A last use is the stream on which it was.
   void wait_for(void* last_use) {
+    expect_no_capture();
     const std::uintptr_t stream = *static_cast<std::uintptr_t*>(last_use);
     if (stream != 0 && stream != queue_.stream) {
       log("wait for the last use on " + std::to_string(stream));
     }
   }
-  void note(void* last_use) { *static_cast<std::uintptr_t*>(last_use) = queue_.stream; }
+  void note(void* last_use) {
+    expect_no_capture();
+    *static_cast<std::uintptr_t*>(last_use) = queue_.stream;
+  }
 
-  // Blocks and threads in reverse: nothing may depend on their order.
+  // A graph has a copy of the arguments, as CUDA's has.
   template <class Kernel>
   void launch(const Kernel& kernel) {
     log(std::string("launch ") + Kernel::kName + " on device " + std::to_string(queue_.device) +
         " stream " + std::to_string(queue_.stream));
+    if (capturing.contains(queue_.stream)) {
+      graphs[queue_.stream].push_back([kernel] { run(kernel); });
+    } else {
+      run(kernel);
+    }
+  }
+
+  // Blocks and threads in reverse: nothing may depend on their order.
+  template <class Kernel>
+  static void run(const Kernel& kernel) {
     std::uint32_t first_block = 0;
     if constexpr (requires { Kernel::kChunk; }) {
       first_block = static_cast<std::uint32_t>(first_element / Kernel::kChunk);
@@ -79,11 +98,18 @@ class Device {
   }
 
   void upload(void* to, const void* from, std::size_t bytes) {
+    expect_no_capture();
     log("upload");
     std::memcpy(to, from, bytes);
   }
-  void clear(int* flag) { *flag = 0; }
-  void request(const int* flag) { host_flag_ = *flag; }
+  void clear(int* flag) {
+    expect_no_capture();
+    *flag = 0;
+  }
+  void request(const int* flag) {
+    expect_no_capture();
+    host_flag_ = *flag;
+  }
   int awaited_flag() {
     log("synchronize");
     return host_flag_;
@@ -120,6 +146,10 @@ class Device {
   static void require_no_capture(std::uintptr_t stream) {
     if (capturing.contains(stream)) throw std::runtime_error(kCaptureRefused);
   }
+  // Of what a graph would do with this host's memory, or cannot do.
+  void expect_no_capture() const {
+    if (capturing.contains(queue_.stream)) throw std::logic_error("part of a graph");
+  }
 
   const Queue queue_;
   int host_flag_ = -1;
@@ -128,8 +158,13 @@ class Device {
 // What a kernel did not write is NaN.
 Outcome run(const Queue& queue, const Workspace& workspace, const Program& program) {
   static const Backend kDevice = make_backend<Device>();
-  if (workspace.memory != nullptr) std::memset(workspace.memory, 0xff, workspace.bytes);
-  return kDevice.run(queue, workspace, program);
+  const auto forget = [memory = workspace.memory, bytes = workspace.bytes] {
+    if (memory != nullptr) std::memset(memory, 0xff, bytes);
+  };
+  forget();
+  const Outcome outcome = kDevice.run(queue, workspace, program);
+  if (capturing.contains(queue.stream)) graphs[queue.stream].push_back(forget);
+  return outcome;
 }
 
 }  // namespace
@@ -156,6 +191,10 @@ extern "C" {
     adamax::cuda::capturing.erase(stream);
   }
 }
+[[gnu::visibility("default")]] void emulated_replay(std::uintptr_t stream) {
+  for (const auto& work : adamax::cuda::graphs.at(stream)) work();
+}
+[[gnu::visibility("default")]] void emulated_forget_graphs() { adamax::cuda::graphs.clear(); }
 [[gnu::visibility("default")]] void emulated_pending(void (*work)()) {
   adamax::cuda::pending.push_back(work);
 }

@@ -24,7 +24,7 @@ import pytest
 from support.building import REPOSITORY
 from support.memory import AXES_AND_DTYPE, DATA, DEVICE, Patched
 
-SOURCES = ["tests/cpp/emulated_cuda.cpp", "csrc/cuda/module.cpp", "csrc/core/*.cpp"]
+SOURCES = ["tests/cpp/emulated_*.cpp", "csrc/cuda/*.cpp", "csrc/core/*.cpp"]
 float32, float64 = np.float32, np.float64
 CUDA = 2  # DLPack's type of device
 GONE = object()
@@ -74,24 +74,26 @@ def run(check, *arguments):
 # ---- The emulated machine ------------------------------------------------------------------------
 
 
-def _library():
-    library = ctypes.CDLL(sys.modules["adamax_ext._cuda"].__spec__.origin)
-    library.emulated_log.restype = ctypes.c_char_p
-    return library
+def library():
+    """Return the module as a library, with controls for tests."""
+    loaded = ctypes.CDLL(sys.modules["adamax_ext._cuda"].__spec__.origin)
+    loaded.emulated_log.restype = ctypes.c_char_p
+    return loaded
 
 
 def log_of(function):
     """Return what the device was asked while `function` ran, a line each."""
-    library = _library()
-    library.emulated_clear_log()
+    loaded = library()
+    loaded.emulated_clear_log()
     function()
-    return library.emulated_log().decode().splitlines()
+    return loaded.emulated_log().decode().splitlines()
 
 
 @contextlib.contextmanager
 def captured(stream):
-    """Let a stream be captured into a CUDA graph."""
-    capture = _library().emulated_capture
+    """Let a stream be captured into a CUDA graph, a new one."""
+    capture = library().emulated_capture
+    library().emulated_forget_graphs()
     capture(ctypes.c_size_t(stream), 1)
     try:
         yield
@@ -99,24 +101,29 @@ def captured(stream):
         capture(ctypes.c_size_t(stream), 0)
 
 
+def replay(stream):
+    """Do what was captured of a stream, with the arguments that it had."""
+    library().emulated_replay(ctypes.c_size_t(stream))
+
+
 def when_synchronized(work):
     """Let the device be busy with `work`, on a stream that is not told: wait for all of them."""
     _queued.append(_WORK(work))
-    _library().emulated_pending(_queued[-1])
+    library().emulated_pending(_queued[-1])
 
 
 def finish():
     """Let the device do what it has to do."""
-    _library().emulated_finish()
+    library().emulated_finish()
 
 
 def set_first_element(element):
     """Leave out the chunks of elementwise launches that come before `element`."""
-    _library().emulated_first_element(ctypes.c_uint64(element))
+    library().emulated_first_element(ctypes.c_uint64(element))
 
 
 def set_machine(driver=13000, runtime=13000, devices=2, capability=86, error=""):
-    _library().emulated_machine(driver, runtime, devices, capability, error.encode())
+    library().emulated_machine(driver, runtime, devices, capability, error.encode())
 
 
 # ---- Arrays --------------------------------------------------------------------------------------
@@ -289,7 +296,7 @@ def on_device_1(size, dtype):
     """Return a CUDA array of ones on the second device."""
     global _device_1_used
     begin = _device_1.ctypes.data
-    _library().emulated_device_1(ctypes.c_size_t(begin), ctypes.c_size_t(begin + _device_1.size))
+    library().emulated_device_1(ctypes.c_size_t(begin), ctypes.c_size_t(begin + _device_1.size))
     start = _device_1_used
     _device_1_used += size * np.dtype(dtype).itemsize
     host = _device_1[start:_device_1_used].view(dtype)

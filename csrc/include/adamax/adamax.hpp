@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "adamax/arrays.hpp"
+#include "adamax/device_scalars.hpp"
 #include "adamax/dtypes.hpp"
 #include "adamax/rules.hpp"
 
@@ -34,8 +35,9 @@ struct Group {
   EpsilonRule epsilon_rule = EpsilonRule::kOutside;
   std::optional<double> clipvalue = std::nullopt;  // limits each element of the gradient
   double ema_momentum = 0.99;
-  std::int64_t step = 1;  // number of this update, from 1
-  bool maximize = false;  // ascend
+  std::int64_t step = 1;      // number of this update, from 1
+  bool maximize = false;      // ascend
+  DeviceScalars device = {};  // numbers in the memory of a GPU: cuda.hpp
 };
 
 enum class ClipRule : std::uint8_t {
@@ -62,6 +64,7 @@ struct Call {
   Phase phase = Phase::kUpdate;
   bool overwrite = false;       // replace the weights by their averages after the update
   bool require_finite = false;  // change nothing if a gradient is infinite or NaN
+  DeviceLossScale device = {};  // numbers in the memory of a GPU: cuda.hpp
 };
 
 // Make one with `variable()`.

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -146,10 +147,10 @@ class Adamax(torch.optim.Optimizer):
         native = self.__dict__.get("_native")
         if native is None:
             native = self._native = _Native()
-        native_groups = native.groups_of(groups)
+        settings = native.groups_of(groups)
         self.state.update(new_states)
         try:
-            self._step_arrays(arrays, sizes, native_groups)
+            self._step_arrays(arrays, sizes, *settings)
         except BaseException:
             for param, new_state in new_states.items():
                 if new_state["step"] == 0:  # an interrupt can come when the step is done
@@ -159,11 +160,22 @@ class Adamax(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(wrappers)
 
     def _step_arrays(
-        self, arrays: list[Tensor], sizes: list[int], groups: list[_core.Group]
+        self,
+        arrays: list[Tensor],
+        sizes: list[int],
+        groups: list[_core.Group],
+        learning_rates: tuple[Tensor | None, ...],
     ) -> None:
         """Do one step on the tensors of each Variable, one after the other in `arrays`."""
-        step = self._native.stepper.step
-        odd = step(arrays, sizes=sizes, groups=groups, is_strict=False)
+        step = partial(
+            self._native.stepper.step,
+            arrays,
+            sizes=sizes,
+            groups=groups,
+            learning_rates=learning_rates,
+            loss_scales=self._loss_scales(arrays),
+        )
+        odd = step(is_strict=False)
         if not odd:
             return
         with torch.no_grad():
@@ -172,30 +184,54 @@ class Adamax(torch.optim.Optimizer):
                 for begin in (5 * i for i in odd)
             }
             if share_memory(arrays, odd):
-                self._step_in_turn(arrays, sizes, groups)
+                self._step_in_turn(arrays, sizes, groups, learning_rates)
                 return
             for begin, one in gathered.items():
                 arrays[begin : begin + 5] = one.variable
-            step(arrays, sizes=sizes, groups=groups, is_strict=True)
+            step(is_strict=True)
             for one in gathered.values():
                 one.scatter()
 
     def _step_in_turn(
-        self, arrays: list[Tensor], sizes: list[int], groups: list[_core.Group]
+        self,
+        arrays: list[Tensor],
+        sizes: list[int],
+        groups: list[_core.Group],
+        learning_rates: tuple[Tensor | None, ...],
     ) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""
         done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
         variables = (arrays[begin : begin + 5] for begin in range(0, len(arrays), 5))
         try:
-            for group, size in zip(groups, sizes, strict=True):
+            for i, size in enumerate(sizes):
                 for variable in islice(variables, size):
                     param, _, *state = variable
                     done += [(tensor, tensor.clone()) for tensor in (param, *state)]
-                    self._step_arrays(variable, [1], [group])
+                    one_group = slice(i, i + 1)
+                    self._step_arrays(variable, [1], groups[one_group], learning_rates[one_group])
         except BaseException:
             for tensor, copy in reversed(done):
                 tensor.copy_(copy)
             raise
+
+    # ---- torch's GradScaler ----------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves it to the step to unscale, and to skip infinite gradients.
+
+        Only where a step has to do without the host: for all others GradScaler asks the GPU itself,
+        and libraries that clip gradients rely on it.
+        """
+        return all(group["capturable"] for group in self.param_groups)
+
+    def _loss_scales(self, arrays: list[Tensor]) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """Return what GradScaler gave for this step, on each device."""
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is None and found_inf is None:
+            return ()
+        devices = dict.fromkeys(param.device for param in arrays[::5])
+        return tuple((_on(device, scale), _on(device, found_inf)) for device in devices)
 
     # ---- Saving ----------------------------------------------------------------------------------
 
@@ -288,14 +324,20 @@ class _Native:
         self._settings: list[tuple[Any, ...]] = []
         self._groups: list[_core.Group] = []  # of these settings
 
-    def groups_of(self, param_groups: list[dict[str, Any]]) -> list[_core.Group]:
-        """Return native groups with the settings of those of torch."""
+    def groups_of(
+        self, param_groups: list[dict[str, Any]]
+    ) -> tuple[list[_core.Group], tuple[Tensor | None, ...]]:
+        """Return native groups with the settings of torch's; and rates that a GPU is to read."""
         count = len(param_groups)
         if len(self._groups) != count:
             self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
+        rates: list[Tensor | None] = []
         for i, group in enumerate(param_groups):
-            beta_1, beta_2 = group["betas"]
             lr = group["lr"]
+            if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
+                rates += [None] * (i - len(rates)) + [lr]
+                lr = 0.0
+            beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.
             settings = (
                 float(lr.detach() if isinstance(lr, Tensor) else lr),
@@ -309,7 +351,7 @@ class _Native:
             if settings != self._settings[i]:
                 self._settings[i] = settings
                 self._groups[i] = _native_group(*settings)
-        return self._groups
+        return self._groups, tuple(rates)
 
 
 def _native_group(
@@ -328,6 +370,10 @@ def _native_group(
     group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
     group.maximize = bool(maximize)
     return group
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return None if number is None else number.to(device)
 
 
 def _require(valid: Any, what: str, received: Any) -> None:

@@ -81,4 +81,11 @@ int main() {
   } catch (const std::invalid_argument& error) {
     std::printf("error %s\n", error.what());
   }
+  try {
+    const float rate = 0.1f;  // as if it lay in the memory of a GPU
+    adamax::step(variables, adamax::Group{.device = {.learning_rate = &rate}});
+    std::printf("error none\n");
+  } catch (const std::invalid_argument& error) {
+    std::printf("error %s\n", error.what());
+  }
 }
