@@ -67,7 +67,7 @@ def loss_of(optimizer, weight, bias, inputs):
 
 def plain(tensor):
     tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def assert_same(actual, expected, label=""):
