@@ -10,7 +10,7 @@ import numpy as np
 from contestants import CONTESTANTS
 from contestants.base import EPSILON, RATE, Work
 from process import Failure, Process
-from rows import OURS, OURS_TORCH, seconds_text
+from rows import OURS, OURS_TORCH, quartiles, seconds_text
 
 ON_DEVICE = "on the device"  # where the bound is, if not in a library
 # Why a contestant may be left out. Everything else is a fault, and of ours these are, too.
@@ -129,9 +129,10 @@ class Run:
 
     # ---- Duels -----------------------------------------------------------------------------------
 
-    def work(self, work: Work, entries: Sequence[Entry]) -> Iterator[str]:
-        """Do the duels of a work, yielding a line on each; the anchor comes first."""
+    def duels(self, entries: Sequence[Entry]) -> Iterator[str]:
+        """Do the duels of all with the first, the anchor, yielding a line on each."""
         anchor: Process | None = None
+        work = entries[0].work
         for entry in entries:
             if not self.is_here(entry.contestant):
                 yield "missing"  # said once, and in the report
@@ -160,7 +161,7 @@ class Run:
                     failure.process.end()
                     if failure.process is anchor:
                         anchor, reason = None, f"{failure.process.name}: {failure}"
-                yield self.fail(work.name, entry.contestant, reason)
+                yield self.fail(entry.work.name, entry.contestant, reason)
         if anchor is None:
             return
         try:
@@ -295,8 +296,3 @@ class Run:
             f"{result['accuracy']:.2%} after {result['epochs']} epochs, "
             f"{result['total_seconds']:.2f} s, {result['step_seconds']['sum']:.3f} s in steps"
         )
-
-
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, median, high = map(float, np.quantile(values, (0.25, 0.5, 0.75)))
-    return {"median": median, "low": low, "high": high, "rounds": len(values)}

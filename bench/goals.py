@@ -2,7 +2,18 @@
 
 from typing import Any
 
-from rows import FOREACH, FUSED, OURS, Rows, l2_mark, ratio_text, seconds_text, table
+from rows import (
+    FOREACH,
+    FUSED,
+    OURS,
+    OURS_CLASS,
+    Rows,
+    l2_mark,
+    ratio_text,
+    seconds_text,
+    table,
+    times_of,
+)
 
 PAST_CACHES = 2**23  # elements: four float32 arrays of these are more than caches hold
 Real = float | None
@@ -26,8 +37,18 @@ class Goals:
         sign = "at most" if at_most else "at least"
         self.lines.append([what, "" if goal is None else f"{sign} {goal:g}", text, met])
 
-    def ratio(self, what: str, goal: Real, ratio: dict[str, float] | None) -> None:
-        self.line(what, goal, ratio["median"] if ratio else None, ratio_text(ratio))
+    def ratio(
+        self, what: str, goal: Real, ratio: dict[str, float] | None, at_most: bool = False
+    ) -> None:
+        self.line(what, goal, ratio["median"] if ratio else None, ratio_text(ratio), at_most)
+
+    def micros(self, what: str, goal: float, work: str, contestant: str, parts: int = 1) -> None:
+        """At most so many µs, of a step or of one of its equal parts."""
+        text, measured = "", None
+        if row := self.rows.find(work, contestant):
+            each = {key: row["seconds"][key] / parts for key in ("median", "low", "high")}
+            text, measured = seconds_text(each), each["median"] * 1e6
+        self.line(what, goal, measured, text, at_most=True)
 
     def bound(self, what: str, work: str, goal: float, bound: str = "bound") -> None:
         row = self.rows.own(work)
@@ -53,10 +74,7 @@ def cuda_goals(results: dict[str, Any]) -> str:
     goals.bound("plain step, 2^28", "plain 2^28", 0.92)
     goals.bound("full step, 2^28", "full 2^28", 0.88)
     goals.bound("norm alone, 2^28", "norm 2^28", 0.9)
-    many = rows.own("400 x 256")
-    seconds = many["seconds"] if many else None
-    text, micros = (seconds_text(seconds), seconds["median"] * 1e6) if seconds else ("", None)
-    goals.line("400 arrays of 256: µs", 20, micros, text, at_most=True)
+    goals.micros("400 arrays of 256: µs", 20, "400 x 256", rows.ours)
     goals.faster("plain step, 2^28", "plain 2^28", 3, FOREACH)
     for work in rows.works():
         own, fused = rows.own(work), rows.find(work, FUSED)
@@ -65,6 +83,24 @@ def cuda_goals(results: dict[str, Any]) -> str:
         if own["state_bytes"] == fused["state_bytes"]:  # else the other does less
             goals.faster(f"{work}{l2_mark(own)}", work, 1, FUSED)
     return goals.table()
+
+
+def class_goals(goals: Goals) -> None:
+    """Of `adamax_ext.torch.Adamax` beside torch's classes."""
+    find, small, after = goals.rows.find, "400 x 256", "400 x 256 after backward"
+    for what, work, peer, goal in (
+        ("2^24", "plain 2^24", FUSED, 1),
+        ("2^24", "plain 2^24", FOREACH, 3.8),
+        ("400 arrays of 256", small, FUSED, 5),
+        ("400 arrays of 256 after backward", after, FUSED, 2),
+    ):
+        ratio = times_of(find(work, peer), find(work, OURS_CLASS))
+        goals.ratio(f"{OURS_CLASS}, {what}: times as fast as {peer}", goal, ratio)
+    what = f"{OURS_CLASS}, 400 arrays of 256"
+    goals.micros(f"{what}: µs an array", 1.2, small, OURS_CLASS, 400)
+    for work, when in ((small, ""), (after, " after backward")):
+        ratio = times_of(find(f"{work}, 400 groups", OURS_CLASS), find(work, OURS_CLASS))
+        goals.ratio(f"{what}{when}: 400 groups, in times of one", 2.5, ratio, at_most=True)
 
 
 def cpu_goals(results: dict[str, Any]) -> str:
@@ -90,6 +126,7 @@ def cpu_goals(results: dict[str, Any]) -> str:
     flat = rows.find("GPT-2 small", "adamax_ext, one flat array")
     what = "GPT-2 small's 148 arrays: speed of that of one array as large"
     goals.ratio(what, 0.97, flat["ratio_to_ours"] if flat else None)
+    class_goals(goals)
     for result in results["zero_gradients"]:
         ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
         what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"

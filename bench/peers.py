@@ -13,7 +13,8 @@ taken.
 
 The full step is: divide the gradients by the loss scale, clip them by their global norm, decay the
 weights, step, and average the weights. Steps follow each other; those "after backward" come, as in
-training, each after a pass (not timed) over other memory that makes new gradients.
+training, each after a pass (not timed) over other memory that makes new gradients. On a CPU what is
+done in groups of parameters takes turns with adamax_ext in one group.
 
 With ``--device cuda`` the bound is a copy on the device. Times are the device's, by events around
 steps that are queued behind a sleep; those of JAX and TensorFlow are the host's. The time until a
@@ -86,9 +87,8 @@ def measure(run: Run, only: str, save: Callable[[], None]) -> None:
     print("Adamax contestants are checked against the first one as they start:")
     run.is_here(run.ours)
     for entries in works:
-        work = entries[0].work
-        for entry, text in zip(entries, run.work(work, entries), strict=True):
-            tell(f"{work.name}: {entry.contestant}, {entry.threads} threads", text)
+        for entry, text in zip(entries, run.duels(entries), strict=True):
+            tell(f"{entry.work.name}: {entry.contestant}, {entry.threads} threads", text)
     for name in zeros:
         tell(f"zero gradients: {name}", run.zeros(name))
     for name in training:

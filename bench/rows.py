@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 OURS, OURS_TORCH = "adamax_ext", "adamax_ext, torch tensors"
-FOREACH, FUSED = "torch Adamax, foreach", "torch AdamW, fused"
+OURS_CLASS = "adamax_ext.torch.Adamax"
+LOOP, FOREACH = "torch Adamax, for-loop", "torch Adamax, foreach"
+FUSED = "torch AdamW, fused"
 Row = dict[str, Any]
 
 
@@ -49,6 +53,25 @@ def comparable_seconds(row: Row, own: Row | None) -> float:
     if own is None or row["ratio_to_ours"] is None:
         return float(row["seconds"]["median"])
     return float(own["seconds"]["median"] * row["ratio_to_ours"]["median"])
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    low, median, high = map(float, np.quantile(values, (0.25, 0.5, 0.75)))
+    return {"median": median, "low": low, "high": high, "rounds": len(values)}
+
+
+def times_of(row: Row | None, other: Row | None) -> dict[str, float] | None:
+    """Return the time of `row` in times of `other`, neither ours: drift cancels, as both met ours.
+
+    The quartiles are the widest that those of the two ratios to ours leave possible.
+    """
+    if not row or not other:
+        return None
+    over, under = row["ratio_to_ours"], other["ratio_to_ours"]
+    if not over or not under:
+        return None
+    pairs = (("median", "median"), ("low", "high"), ("high", "low"))
+    return {key: over[key] / under[opposite] for key, opposite in pairs}
 
 
 def bound_seconds(own: Row) -> float:

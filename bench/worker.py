@@ -95,7 +95,7 @@ class Worker:
 
     def check(self, full: bool) -> dict[str, Any]:
         """Return the weights after three steps with different gradients."""
-        work = Work("check", ((1000,), (7, 11), (1, 3)), full=full)
+        work = Work("check", ((1000,), (7, 11), (1, 3)), full=full, groups=2)
         contestant = self.kind(work, self.device, arrays_like(work, 0), RATE)
         for seed in (1, 2, 3):
             contestant.load(arrays_like(work, seed))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.building import run
 
@@ -85,6 +86,7 @@ def test_compare(path, factor, verdict, tmp_path):
     [
         ("adamax_ext", "adamax_ext"),
         ("adamax_ext, torch tensors", "torch"),
+        ("adamax_ext.torch.Adamax", "torch"),
         ("torch AdamW, fused", "torch"),
         ("optax adamax, jit", "optax"),
         ("Keras Adamax, JAX", "keras jax"),
@@ -104,3 +106,59 @@ def test_contestant(name, packages):
     )
     assert plain.keys() == full.keys() == {"weights"}, (plain, full)
     assert turn.keys() == {"seconds"}, turn
+
+
+@pytest.mark.parametrize("name", ["adamax_ext.torch.Adamax", "torch AdamW, fused"])
+def test_groups_and_new_gradients(name, monkeypatch):
+    """Parameters in as many groups as wanted, and gradients of a pass that are new tensors."""
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.syspath_prepend(BENCH)
+    from contestants import CONTESTANTS
+    from contestants.base import RATE, Work
+
+    shapes = ((3,),) * 20
+    work = Work("20 x 3", shapes, groups=10, after_backward=True)
+    arrays = [np.ones(shape, np.float32) for shape in shapes]
+    contestant = CONTESTANTS[name](work, "cpu", arrays, RATE)
+    assert [len(g["params"]) for g in contestant.optimizer.param_groups] == [2] * 10
+    contestant.backward()
+    before = [p.grad for p in contestant.params]
+    contestant.step()
+    contestant.backward()
+    for p, grad in zip(contestant.params, before, strict=True):
+        assert p.grad is not grad and not np.array_equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_goals_of_the_class_for_torch(kept, monkeypatch):
+    """Each is kept, or missed, by one percent."""
+    monkeypatch.syspath_prepend(BENCH)
+    from goals import goals
+
+    ours, fused, foreach = "adamax_ext.torch.Adamax", "torch AdamW, fused", "torch Adamax, foreach"
+    small, after = "400 x 256", "400 x 256 after backward"
+    margin = 1.01 if kept else 0.99
+    ratios = {
+        ("plain 2^24", ours): 1.1,
+        ("plain 2^24", fused): 1.1 * margin,
+        ("plain 2^24", foreach): 1.1 * 3.8 * margin,
+        (small, ours): 10,
+        (small, fused): 50 * margin,
+        (f"{small}, 400 groups", ours): 25 / margin,
+        (after, ours): 7,
+        (after, fused): 14 * margin,
+        (f"{after}, 400 groups", ours): 17.5 / margin,
+    }
+    quartiles = ("median", "low", "high")
+    rows = [
+        {
+            **{"work": work, "contestant": name, "threads": 2, "elements": 102400},
+            "seconds": dict.fromkeys(quartiles, 400 * 1.2e-6 / margin),
+            "ratio_to_ours": dict.fromkeys(quartiles, ratio),
+        }
+        for (work, name), ratio in ratios.items()
+    ]
+    about = {"ours": "adamax_ext", "device": "cpu", "threads": 2, "zero_gradients": []}
+    lines = goals({**about, "rows": rows}).splitlines()
+    verdicts = [line.split(" | ")[-1].rstrip(" |") for line in lines if f"| {ours}, " in line]
+    assert verdicts == ["yes" if kept else "**no**"] * 7

@@ -13,8 +13,9 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 TESTS = Path(__file__).parent
 BENCH = TESTS.parent / "bench"
-OURS, FUSED, FOREACH = "adamax_ext, torch tensors", "torch AdamW, fused", "torch Adamax, foreach"
-KNOWN = f"({OURS}|{FUSED}|{FOREACH})"  # without what compiles for long
+OURS, CLASS = "adamax_ext, torch tensors", "adamax_ext.torch.Adamax"
+FUSED, FOREACH = "torch AdamW, fused", "torch Adamax, foreach"
+KNOWN = f"({OURS}|{CLASS}|{FUSED}|{FOREACH})"  # without what compiles for long
 
 
 def peers(out, only, faults=None):
@@ -46,19 +47,19 @@ def whole(tmp_path_factory):
 
 def test_works_and_timers(whole):
     _, results = whole
-    both = [OURS, FUSED, FOREACH]
+    known = [OURS, CLASS, FUSED, FOREACH]
     for work in ("plain 2^20", "full 2^20", "20 x 256"):
-        assert sorted(names(results, work)) == sorted([*both, "device copy"])
+        assert names(results, work) == ["device copy", *known]
     for work in ("host time, plain 2^12", "host time, 20 x 256"):
-        assert names(results, work) == both
+        assert names(results, work) == known
     assert names(results, "norm 2^20")[1:] == [OURS]
     assert names(results, "norm 2^20")[0] in ("device copy", "device read")
-    assert names(results, "float64 2^19") == ["device copy", OURS, FUSED]
-    assert names(results, "20 groups of 256") == ["device copy", OURS, FUSED]
+    assert names(results, "float64 2^19") == ["device copy", OURS, CLASS, FUSED]
+    assert names(results, "20 groups of 256") == ["device copy", OURS, CLASS, FUSED]
     for row in results["rows"]:
         on_host = row["work"].startswith("host time")
         assert row["timer"] == ("host clock, the call alone" if on_host else "device events")
-        assert ("bound" in row["raw"]) == (row["contestant"] in both and not on_host)
+        assert ("bound" in row["raw"]) == (row["contestant"] in known and not on_host)
         assert (row["fraction_of_bound"] is None) == ("bound" not in row["raw"])
     ours = [row for row in results["rows"] if row["contestant"] == OURS]
     traffic = {row["work"]: row["bytes_per_element"] for row in ours}
@@ -102,9 +103,9 @@ def test_a_fault_does_not_stop_the_others(tmp_path):
     faults[f"{FOREACH} / plain 2^16"] = faults[f"{OURS} / full 2^20"] = "raise"
     status, text, results = peers(tmp_path / "gpu.json", f"{works} / {KNOWN}$", faults)
     assert status == 1
-    assert names(results, "plain 2^16") == ["device copy", OURS, FUSED]
-    assert names(results, "plain 2^12") == ["device copy", OURS, FUSED, FOREACH]
-    assert names(results, "full 2^20") == [FUSED, FOREACH]  # timed without ours
+    assert names(results, "plain 2^16") == ["device copy", OURS, CLASS, FUSED]
+    assert names(results, "plain 2^12") == ["device copy", OURS, CLASS, FUSED, FOREACH]
+    assert names(results, "full 2^20") == [CLASS, FUSED, FOREACH]  # timed without ours
     assert [(f["work"], f["contestant"], f["reason"]) for f in results["failures"]] == [
         ("plain 2^16", FOREACH, "RuntimeError: out of memory"),
         ("full 2^20", OURS, "RuntimeError: out of memory"),
@@ -125,7 +126,7 @@ def test_other_weights_are_a_fault(tmp_path):
     faults = {f"{FOREACH} / check": "differ"}
     status, text, results = peers(tmp_path / "gpu.json", rf"^plain 2\^12 / {KNOWN}$", faults)
     assert status == 1 and "DIFFERENT by 1.0e+00" in text
-    assert names(results, "plain 2^12") == ["device copy", OURS, FUSED]
+    assert names(results, "plain 2^12") == ["device copy", OURS, CLASS, FUSED]
     works = [failure["work"] for failure in results["failures"]]
     assert works == ["check of a plain step", "check of a full step", "plain 2^12"]
 

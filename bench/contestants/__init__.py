@@ -3,13 +3,14 @@
 from contestants.base import Contestant
 from contestants.jax_peers import KerasJax, KerasTensorflow, KerasTorch, Optax
 from contestants.numpy_formula import NumPy
-from contestants.ours import AdamaxExt, AdamaxExtFlat, AdamaxExtTorch
+from contestants.ours import AdamaxExt, AdamaxExtClass, AdamaxExtFlat, AdamaxExtTorch
 from contestants.torch_peers import DeepSpeed, TorchAdamW, TorchCompiled, TorchForeach, TorchLoop
 
 CONTESTANTS: dict[str, type[Contestant]] = {
     "adamax_ext": AdamaxExt,
     "adamax_ext, torch tensors": AdamaxExtTorch,
     "adamax_ext, one flat array": AdamaxExtFlat,
+    "adamax_ext.torch.Adamax": AdamaxExtClass,
     "torch Adamax, for-loop": TorchLoop,
     "torch Adamax, foreach": TorchForeach,
     "torch Adamax, compiled": TorchCompiled,

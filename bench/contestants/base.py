@@ -36,7 +36,7 @@ class Work:
     full: bool = False
     after_backward: bool = False  # each step; else steps follow each other
     norm: bool = False  # no step, but the norm of all gradients
-    groups: bool = False  # each array is a group with settings of its own
+    groups: int = 1  # of parameters, each with settings of its own
     host: bool = False  # timed until the call returns; else until the step has ended
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from contestants.base import BETAS, EPSILON, FULL_OPTIONS, ITEMSIZES, RATE, Contestant, Turns, Work
-from contestants.torch_peers import backward, tensor, wait
+from contestants.torch_peers import Torch, backward, tensor, wait
 
 STATE_BYTES = {**dict.fromkeys(ITEMSIZES, 4), "float64": 8}
 
@@ -150,9 +150,26 @@ class AdamaxExtTorch(AdamaxExt):
         turns: Turns = {"step": self.step}
         if self.work.norm:
             turns = {"step": partial(adamax_ext.global_norm, self.grads)}
-        elif self.work.groups:
+        elif self.work.groups > 1:
             turns = {"step": Groups(self.params, self.optimizer.state.values(), self.grads).step}
         return turns if bound is None else {**turns, **device_bounds(self.work, self.device)}
+
+
+class AdamaxExtClass(Torch):
+    """`adamax_ext.torch.Adamax` where torch's users write `torch.optim.Adamax`."""
+
+    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "torch")
+    decays_itself = True
+
+    def make_optimizer(self) -> Any:
+        from adamax_ext.torch import Adamax
+
+        return Adamax(
+            *(self.groups, self.rate, BETAS, EPSILON, self.decay), decoupled_weight_decay=True
+        )
+
+    def state_bytes(self, work: Work) -> int:
+        return STATE_BYTES[work.dtype]
 
 
 def device_bounds(work: Work, device: str) -> Turns:
@@ -169,7 +186,7 @@ def device_bounds(work: Work, device: str) -> Turns:
 
 
 class Groups:
-    """A step on variables that are a group each: a word of the core, not of the optimizer yet."""
+    """A step on variables that are a group each: a word of the core, not of our optimizer yet."""
 
     def __init__(self, params: list[Any], states: Collection[dict[str, Any]], grads: list[Any]):
         from adamax_ext import _core

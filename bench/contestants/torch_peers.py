@@ -1,5 +1,6 @@
 """Optimizers on torch tensors: torch's own, and DeepSpeed's."""
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,7 +45,10 @@ class Torch(Contestant):
 
         self.torch, self.device, self.full, self.rate = torch, device, work.full, rate
         self.params = [torch.nn.Parameter(tensor(p, device)) for p in params]
-        self.groups = [{"params": [p]} for p in self.params] if work.groups else self.params
+        size = math.ceil(len(params) / work.groups)
+        begins = range(0, len(params), size)
+        self.groups = [{"params": self.params[begin : begin + size]} for begin in begins]
+        self.decay = WEIGHT_DECAY if work.full else 0.0
         self.averages = [p.detach().clone() for p in self.params] if work.full else []
         self.optimizer = self.make_optimizer()
 
@@ -118,8 +122,9 @@ class TorchAdamW(Torch):
     decays_itself = True
 
     def make_optimizer(self) -> Any:
-        decay = WEIGHT_DECAY if self.full else 0.0
-        return self.torch.optim.AdamW(self.groups, self.rate, BETAS, EPSILON, decay, fused=True)
+        return self.torch.optim.AdamW(
+            self.groups, self.rate, BETAS, EPSILON, self.decay, fused=True
+        )
 
 
 class DeepSpeed(Torch):
@@ -134,9 +139,8 @@ class DeepSpeed(Torch):
     def make_optimizer(self) -> Any:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        decay = WEIGHT_DECAY if self.full else 0.0
         return DeepSpeedCPUAdam(
-            self.params, self.rate, betas=BETAS, eps=EPSILON, weight_decay=decay
+            self.params, self.rate, betas=BETAS, eps=EPSILON, weight_decay=self.decay
         )
 
     def state_bytes(self, work: Work) -> int:

@@ -152,8 +152,8 @@ class Adamax(torch.optim.Optimizer):
         try:
             self._step_arrays(arrays, sizes, *settings)
         except BaseException:
-            for param, new_state in new_states.items():
-                if new_state["step"] == 0:  # an interrupt can come when the step is done
+            for param, made in new_states.items():
+                if made["step"] == 0:  # an interrupt can come when the step is done
                     del self.state[param]
             raise
         if wrappers:
