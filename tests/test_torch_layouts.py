@@ -259,6 +259,21 @@ def test_a_gradient_in_the_memory_of_a_parameter(view):
     require_same_as_torch(run)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_gradient_in_the_memory_of_a_parameter_with_gaps(is_first):
+    def run(kind):
+        memory = random(4, 6)
+        gaps, other = torch.nn.Parameter(memory[:, ::2]), parameter(2, 6)
+        params = [gaps, other] if is_first else [other, gaps]
+        optimizer = kind(params, lr=0.1)
+        for call in range(4):
+            gaps.grad, other.grad = random(4, 3, seed=call), memory[:2]
+            optimizer.step()
+        return optimizer
+
+    require_same_as_torch(run)
+
+
 def test_views_of_one_flat_tensor():
     """As wrappers that flatten a model make them."""
 

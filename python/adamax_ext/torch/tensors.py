@@ -42,16 +42,17 @@ def local(variable: Variable) -> Variable:
 
 
 def share_memory(arrays: list[Tensor], odd: list[int]) -> bool:
-    """Whether the memory of an odd variable may be that of another parameter too.
+    """Whether a variable that is gathered may share memory with a parameter or gradient of another.
 
-    `arrays` has the tensors of each Variable, one after the other.
+    `arrays` has the tensors of each Variable, one after the other; `odd` are to be gathered.
     """
-    params = Counter(map(_storage_of, arrays[::5]))
-    for i in odd:
-        own, grad = map(_storage_of, arrays[5 * i : 5 * i + 2])
-        if params[own] > 1 or (grad != own and grad in params):
-            return True
-    return False
+    params, grads = ([_storage_of(tensor) for tensor in arrays[role::5]] for role in (0, 1))
+    users = Counter(params)
+    gathered = {params[i] for i in odd}
+    if any(users[param] > 1 for param in gathered):
+        return True
+    foreign = [i for i, grad in enumerate(grads) if grad in users and grad != params[i]]
+    return any(i in odd or grads[i] in gathered for i in foreign)
 
 
 def _storage_of(tensor: Tensor) -> int:
