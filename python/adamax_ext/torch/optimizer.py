@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
-from adamax_ext.torch.tensors import Gathered, Variable, local, state_dtype
+from adamax_ext.torch.tensors import Gathered, Variable, local, share_memory, state_dtype
 
 _CAPTURABLE_DEVICES = ["cuda"]
 _STATE_KEYS = ("exp_avg", "exp_inf", "step")  # in the order of Variable
@@ -144,9 +144,13 @@ class Adamax(torch.optim.Optimizer):
         for group, size, end in zip(groups, sizes, ends, strict=True):
             if group["capturable"]:
                 _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
+        native = self.__dict__.get("_native")
+        if native is None:
+            native = self._native = _Native()
+        settings = native.groups_of(groups)
         self.state.update(new_states)
         try:
-            self._step_arrays(arrays, sizes)
+            self._step_arrays(arrays, sizes, *settings)
         except BaseException:
             for param, made in new_states.items():
                 if made["step"] == 0:  # an interrupt can come when the step is done
@@ -155,14 +159,16 @@ class Adamax(torch.optim.Optimizer):
         if wrappers:
             torch.autograd.graph.increment_version(wrappers)
 
-    def _step_arrays(self, arrays: list[Tensor], sizes: list[int]) -> None:
+    def _step_arrays(
+        self,
+        arrays: list[Tensor],
+        sizes: list[int],
+        groups: list[_core.Group],
+        learning_rates: tuple[Tensor | None, ...],
+    ) -> None:
         """Do one step on the tensors of each Variable, one after the other in `arrays`."""
-        native = self.__dict__.get("_native")
-        if native is None:
-            native = self._native = _Native()
-        groups, learning_rates = native.groups_of(self.param_groups)
         step = partial(
-            native.stepper.step,
+            self._native.stepper.step,
             arrays,
             sizes=sizes,
             groups=groups,
@@ -173,16 +179,40 @@ class Adamax(torch.optim.Optimizer):
         if not odd:
             return
         with torch.no_grad():
-            gathered: dict[int, Gathered] = {}  # by parameter, which may be there twice
-            for begin in (5 * i for i in odd):
-                variable = Variable(*arrays[begin : begin + 5])
-                key = id(variable.param)
-                if key not in gathered:
-                    gathered[key] = Gathered(variable, type(self).__name__)
-                arrays[begin : begin + 5] = gathered[key].variable
+            gathered = {
+                begin: Gathered(Variable(*arrays[begin : begin + 5]), type(self).__name__)
+                for begin in (5 * i for i in odd)
+            }
+            if share_memory(arrays, odd):
+                self._step_in_turn(arrays, sizes, groups, learning_rates)
+                return
+            for begin, one in gathered.items():
+                arrays[begin : begin + 5] = one.variable
             step(is_strict=True)
             for one in gathered.values():
                 one.scatter()
+
+    def _step_in_turn(
+        self,
+        arrays: list[Tensor],
+        sizes: list[int],
+        groups: list[_core.Group],
+        learning_rates: tuple[Tensor | None, ...],
+    ) -> None:
+        """Step one variable after the other: each is gathered when those before are scattered."""
+        done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
+        variables = (arrays[begin : begin + 5] for begin in range(0, len(arrays), 5))
+        try:
+            for i, size in enumerate(sizes):
+                for variable in islice(variables, size):
+                    param, _, *state = variable
+                    done += [(tensor, tensor.clone()) for tensor in (param, *state)]
+                    one_group = slice(i, i + 1)
+                    self._step_arrays(variable, [1], groups[one_group], learning_rates[one_group])
+        except BaseException:
+            for tensor, copy in reversed(done):
+                tensor.copy_(copy)
+            raise
 
     # ---- torch's GradScaler ----------------------------------------------------------------------
 
@@ -207,8 +237,15 @@ class Adamax(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        new_arguments = {  # which checkpoints of torch's class, or of old versions of it, lack
+            "foreach": None,
+            "maximize": False,
+            "differentiable": False,
+            "capturable": False,
+            "decoupled_weight_decay": self.defaults["decoupled_weight_decay"],
+        }
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # of a checkpoint of torch's class
+            for name, value in new_arguments.items():
                 group.setdefault(name, value)
             for param in group["params"]:
                 known = self.state.get(param)
@@ -303,7 +340,7 @@ class _Native:
             beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.
             settings = (
-                float(lr),
+                float(lr.detach() if isinstance(lr, Tensor) else lr),
                 float(beta_1),
                 float(beta_2),
                 float(group["eps"]),

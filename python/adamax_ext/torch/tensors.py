@@ -1,5 +1,6 @@
 """Tensors as the native step takes them: the local part, real numbers, one dense memory order."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,39 @@ def local(variable: Variable) -> Variable:
     return Variable(*(part.wait() if hasattr(part, "wait") else part for part in parts))
 
 
+def share_memory(arrays: list[Tensor], odd: list[int]) -> bool:
+    """Whether a variable that is gathered may share memory with a parameter or gradient of another.
+
+    `arrays` has the tensors of each Variable, one after the other; `odd` are to be gathered.
+    """
+    params, grads = ([_storage_of(tensor) for tensor in arrays[role::5]] for role in (0, 1))
+    users = Counter(params)
+    gathered = {params[i] for i in odd}
+    if any(users[param] > 1 for param in gathered):
+        return True
+    foreign = [i for i, grad in enumerate(grads) if grad in users and grad != params[i]]
+    return any(i in odd or grads[i] in gathered for i in foreign)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.numel() > 0 else id(tensor)
+
+
+def _require_writable(tensor: Tensor) -> None:
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(stride == 0 and size > 1 for size, stride in axes):
+        raise RuntimeError(
+            "unsupported operation: more than one element of a parameter or its state refers to a "
+            f"single memory location; received shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride()}"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a parameter or its state was made in inference mode and has gaps in memory; such a "
+            "tensor can be stepped in inference mode alone"
+        )
+
+
 class Gathered:
     """A variable in memory that the native step takes, and the way back.
 
@@ -50,12 +84,10 @@ class Gathered:
         param, grad, exp_avg, exp_inf, step = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        axes = zip(param.shape, param.stride(), strict=True)
-        if any(stride == 0 and size > 1 for size, stride in axes):
-            raise RuntimeError(
-                "unsupported operation: more than one element of a parameter refers to a single "
-                f"memory location; received shape {tuple(param.shape)}, strides {param.stride()}"
-            )
+        if not isinstance(step, Tensor):
+            raise RuntimeError(f"the step count of a state must be a tensor; received {step!r}")
+        for written in (param, exp_avg, exp_inf, step):
+            _require_writable(written)
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
                 torch.view_as_real, (param, grad.resolve_conj(), exp_avg, exp_inf)

@@ -1,0 +1,36 @@
+"""torch's own tables for Adamax: configurations, schedulers and wrong arguments."""
+
+import copy
+
+import pytest
+
+from support.torch_runs import Adamax, AdamaxW, torch
+
+# isort: split
+from torch.testing._internal.common_optimizers import optim_db
+
+INFO = next(info for info in optim_db if info.optim_cls is torch.optim.Adamax)
+CONFIGS = INFO.optim_inputs_func("cpu", torch.float32)
+# Lists of functions that make a scheduler of an optimizer, which are used together.
+SCHEDULERS = INFO.scheduler_inputs
+NEW_FLAGS = INFO.not_og_supported_flags
+
+every_config = pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        pytest.param(kind, {**config.kwargs, **flags}, id=f"{kind.__name__}, {config.desc}{flags}")
+        for kind in (Adamax, AdamaxW)
+        for config in CONFIGS
+        for flags in ({}, {"foreach": True})
+    ],
+)
+
+
+def fresh(config):
+    """A configuration that may be changed: a rate may be a tensor."""
+    return copy.deepcopy(config)
+
+
+def wrong_arguments():
+    errors = INFO.optim_error_inputs_func("cpu", torch.float32)
+    return [pytest.param(error, id=error.optimizer_error_input.desc, marks=()) for error in errors]
