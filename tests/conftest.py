@@ -5,6 +5,7 @@ import pytest
 from adamax_ext import _core
 from support.building import build_and_install
 from support.processes import use_threads
+from support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,11 @@ def threads():
     yield
     _core._override_cpu_limit(0)
     adamax_ext.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Calls a function in each of two processes of one process group of torch."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

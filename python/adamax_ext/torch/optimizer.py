@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
-from adamax_ext.torch.tensors import Gathered, Variable, local, share_memory, state_dtype
+from adamax_ext.torch.tensors import (
+    Gathered,
+    Variable,
+    is_distributed,
+    local,
+    placed,
+    share_memory,
+    state_dtype,
+)
 
 _CAPTURABLE_DEVICES = ["cuda"]
 _STATE_KEYS = ("exp_avg", "exp_inf", "step")  # in the order of Variable
@@ -137,9 +145,13 @@ class Adamax(torch.optim.Optimizer):
                     capturable = groups[bisect_right(ends, i)]["capturable"]
                     new_states[param] = _new_state(param, capturable)
                 state = [new_states[param][key] for key in _STATE_KEYS]
-            variable = local(Variable(param, grad, *state))
-            if variable.param is not param:
+            variable = Variable(param, grad, *state)
+            if is_distributed(param):
                 wrappers.append(param)
+                variable = placed(variable, i)
+                if param in self.state:  # moments that were loaded for another placement stay here
+                    self.state[param].update(zip(_STATE_KEYS, variable[2:], strict=True))
+                variable = local(variable)
             arrays[5 * i : 5 * i + 5] = variable
         for group, size, end in zip(groups, sizes, ends, strict=True):
             if group["capturable"]:
@@ -403,7 +415,7 @@ def _count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
 def _as_moment(value: Tensor, param: Tensor) -> Tensor:
     """Return a moment that was loaded, in the dtype, place and memory order of one of `param`."""
     dtype = state_dtype(param)
-    if value.shape != param.shape or hasattr(param, "placements"):
+    if value.shape != param.shape or is_distributed(param):
         return value.to(param.device, dtype)
     moment = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     same = (value.dtype, value.device, value.stride()) == (dtype, moment.device, moment.stride())

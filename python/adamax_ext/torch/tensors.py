@@ -29,16 +29,49 @@ class Variable(NamedTuple):
     step: Tensor
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether this is a DTensor, of which each process has a part."""
+    return hasattr(tensor, "placements")
+
+
+def placed(variable: Variable, i: int) -> Variable:
+    """Return DTensors of which this process has the same parts as of the parameter, itself one.
+
+    `i` is the position among all variables of the step. Raises RuntimeError for what torch's own
+    step does not take either.
+    """
+    param, grad, exp_avg, exp_inf, step = variable
+    with torch.no_grad():
+        grad = _placed_as(param, grad, f"grads[{i}]")
+        exp_avg = _placed_as(param, exp_avg, f"momentum[{i}]")
+        exp_inf = _placed_as(param, exp_inf, f"norm[{i}]")
+    return Variable(param, grad, exp_avg, exp_inf, step)
+
+
 def local(variable: Variable) -> Variable:
-    """Return the part of a DTensor that this process has; any other tensor as it is."""
-    param, grad = variable.param, variable.grad
-    if not hasattr(param, "placements"):
-        return variable
-    if getattr(grad, "placements", None) != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    parts = (getattr(tensor, "_local_tensor", tensor) for tensor in variable._replace(grad=grad))
-    # A collective that gave a gradient may still be under way.
-    return Variable(*(part.wait() if hasattr(part, "wait") else part for part in parts))
+    """Return the parts of DTensors that this process has; of other tensors, all."""
+    return Variable(*(_ready(getattr(tensor, "_local_tensor", tensor)) for tensor in variable))
+
+
+def _placed_as(param: Any, tensor: Any, label: str) -> Any:
+    if not is_distributed(tensor):
+        raise RuntimeError(
+            f"got mixed torch.Tensor and DTensor: {label} of shape {tuple(tensor.shape)} is no "
+            f"DTensor, but its parameter of shape {tuple(param.shape)} is one"
+        )
+    if tensor.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"{label} and its parameter are on different meshes: got {tensor.device_mesh} and "
+            f"{param.device_mesh}"
+        )
+    if tensor.placements == param.placements:
+        return tensor
+    return tensor.redistribute(placements=param.placements)
+
+
+def _ready(tensor: Any) -> Any:
+    """Return what a collective gave, which may still be under way."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def share_memory(arrays: list[Tensor], odd: list[int]) -> bool:
@@ -88,6 +121,7 @@ class Gathered:
             raise RuntimeError(f"the step count of a state must be a tensor; received {step!r}")
         for written in (param, exp_avg, exp_inf, step):
             _require_writable(written)
+        grad = _ready(grad)
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
                 torch.view_as_real, (param, grad.resolve_conj(), exp_avg, exp_inf)
