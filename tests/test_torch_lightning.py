@@ -1,7 +1,7 @@
 """Lightning trains with our Adamax as with torch's, and resumes bit for bit."""
 
 import pytest
-from support.torch_runs import (
+from support.torch_training import (
     BATCH,
     IMAGES,
     SETTINGS,
