@@ -4,6 +4,7 @@ import adamax_ext
 import pytest
 from adamax_ext import _core
 from support.building import build_and_install
+from support.frameworks import load_torch
 from support.processes import use_threads
 from support.ranks import Ranks
 
@@ -39,3 +40,13 @@ def two_ranks():
     ranks = Ranks(2)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def one_torch_thread():
+    """For networks so small that on a busy machine their threads mostly wait for each other."""
+    torch = load_torch()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

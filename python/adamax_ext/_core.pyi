@@ -74,7 +74,7 @@ class Stepper:
         sizes: Sequence[int],  # variables of each group
         groups: Sequence[Group],
         learning_rates: tuple[Any, ...],  # in device memory, or None; of the first groups
-        loss_scales: tuple[tuple[Any, Any], ...],  # grad_scale and found_inf of each device
+        loss_scales: tuple[tuple[Any, ...], ...],  # grad_scale and found_inf of each device
         is_strict: bool,
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
 

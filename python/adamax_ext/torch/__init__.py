@@ -1,11 +1,16 @@
 """Adamax for torch: the fused step behind the interface of ``torch.optim``."""
 
 try:
-    import torch  # noqa: F401
+    import torch
 except ImportError as error:
     raise ImportError(
         "adamax_ext.torch needs torch 2.5 or newer, which cannot be imported: pip install torch"
     ) from error
+# Compared as versions are. Before 2.5 increment_version takes a single tensor.
+if torch.__version__ < "2.5":
+    raise ImportError(
+        f"adamax_ext.torch needs torch 2.5 or newer; received torch {torch.__version__}"
+    )
 
 from adamax_ext.torch.optimizer import Adamax, AdamaxW
 

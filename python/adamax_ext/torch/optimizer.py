@@ -1,28 +1,14 @@
-"""`Adamax` and `AdamaxW` for torch: settings and state in its words, one native call a step."""
+"""`Adamax` and `AdamaxW` for torch: arguments, state and files in its words."""
 
-from bisect import bisect_right
 from collections.abc import Callable
-from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from adamax_ext import _core
-from adamax_ext.torch.tensors import (
-    Gathered,
-    Variable,
-    is_distributed,
-    local,
-    placed,
-    share_memory,
-    state_dtype,
-)
-
-_CAPTURABLE_DEVICES = ["cuda"]
-_STATE_KEYS = ("exp_avg", "exp_inf", "step")  # in the order of Variable
+from adamax_ext.torch.state import as_moment, new_count
+from adamax_ext.torch.stepping import LossScale, Stepping
 
 
 class Adamax(torch.optim.Optimizer):
@@ -128,103 +114,10 @@ class Adamax(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
-        groups = self.param_groups
-        arrays, sizes, others = _core.collect(
-            [group["params"] for group in groups],
-            self.state,
-            keys=_STATE_KEYS,
-            plain_types=(Parameter, Tensor),
-        )
-        ends = list(accumulate(sizes))
-        new_states: dict[Tensor, dict[str, Tensor]] = {}
-        wrappers: list[Tensor] = []  # of local parts that are written
-        for i in others:
-            param, grad, *state = arrays[5 * i : 5 * i + 5]
-            if state[0] is None:
-                if param not in new_states:
-                    capturable = groups[bisect_right(ends, i)]["capturable"]
-                    new_states[param] = _new_state(param, capturable)
-                state = [new_states[param][key] for key in _STATE_KEYS]
-            variable = Variable(param, grad, *state)
-            if is_distributed(param):
-                wrappers.append(param)
-                variable = placed(variable, i)
-                if param in self.state:  # moments that were loaded for another placement stay here
-                    self.state[param].update(zip(_STATE_KEYS, variable[2:], strict=True))
-                variable = local(variable)
-            arrays[5 * i : 5 * i + 5] = variable
-        for group, size, end in zip(groups, sizes, ends, strict=True):
-            if group["capturable"]:
-                _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
-        native = self.__dict__.get("_native")
-        if native is None:
-            native = self._native = _Native()
-        settings = native.groups_of(groups)
-        self.state.update(new_states)
-        try:
-            self._step_arrays(arrays, sizes, *settings)
-        except BaseException:
-            for param, made in new_states.items():
-                if made["step"] == 0:  # an interrupt can come when the step is done
-                    del self.state[param]
-            raise
-        if wrappers:
-            torch.autograd.graph.increment_version(wrappers)
-
-    def _step_arrays(
-        self,
-        arrays: list[Tensor],
-        sizes: list[int],
-        groups: list[_core.Group],
-        learning_rates: tuple[Tensor | None, ...],
-    ) -> None:
-        """Do one step on the tensors of each Variable, one after the other in `arrays`."""
-        step = partial(
-            self._native.stepper.step,
-            arrays,
-            sizes=sizes,
-            groups=groups,
-            learning_rates=learning_rates,
-            loss_scales=self._loss_scales(arrays),
-        )
-        odd = step(is_strict=False)
-        if not odd:
-            return
-        with torch.no_grad():
-            gathered = {
-                begin: Gathered(Variable(*arrays[begin : begin + 5]), type(self).__name__)
-                for begin in (5 * i for i in odd)
-            }
-            if share_memory(arrays, odd):
-                self._step_in_turn(arrays, sizes, groups, learning_rates)
-                return
-            for begin, one in gathered.items():
-                arrays[begin : begin + 5] = one.variable
-            step(is_strict=True)
-            for one in gathered.values():
-                one.scatter()
-
-    def _step_in_turn(
-        self,
-        arrays: list[Tensor],
-        sizes: list[int],
-        groups: list[_core.Group],
-        learning_rates: tuple[Tensor | None, ...],
-    ) -> None:
-        """Step one variable after the other: each is gathered when those before are scattered."""
-        done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
-        variables = (arrays[begin : begin + 5] for begin in range(0, len(arrays), 5))
-        try:
-            for i, size in enumerate(sizes):
-                for variable in islice(variables, size):
-                    param, _, *state = variable
-                    done += [(tensor, tensor.clone()) for tensor in (param, *state)]
-                    one_group = slice(i, i + 1)
-                    self._step_arrays(variable, [1], groups[one_group], learning_rates[one_group])
-        except BaseException:
-            for tensor, copy in reversed(done):
-                tensor.copy_(copy)
-            raise
+        stepping = self.__dict__.get("_stepping")
+        if stepping is None:
+            stepping = self._stepping = Stepping(type(self).__name__)
+        stepping.step(self.param_groups, self.state, self._loss_scale())
 
     # ---- torch's GradScaler ----------------------------------------------------------------------
 
@@ -237,13 +130,8 @@ class Adamax(torch.optim.Optimizer):
         """
         return all(group["capturable"] for group in self.param_groups)
 
-    def _loss_scales(self, arrays: list[Tensor]) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
-        """Return what GradScaler gave for this step, on each device."""
-        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        if scale is None and found_inf is None:
-            return ()
-        devices = dict.fromkeys(param.device for param in arrays[::5])
-        return tuple((_on(device, scale), _on(device, found_inf)) for device in devices)
+    def _loss_scale(self) -> LossScale:
+        return LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     # ---- Saving ----------------------------------------------------------------------------------
 
@@ -262,7 +150,7 @@ class Adamax(torch.optim.Optimizer):
             for param in group["params"]:
                 known = self.state.get(param)
                 if known and not torch.is_tensor(known["step"]):  # of an old version of torch
-                    known["step"] = _count(param, group["capturable"], float(known["step"]))
+                    known["step"] = new_count(param, group["capturable"], float(known["step"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of ``torch.optim.Adamax`` returned.
@@ -294,7 +182,7 @@ class Adamax(torch.optim.Optimizer):
             given = loaded["state"].get(name, {})
             for key in ("exp_avg", "exp_inf"):
                 if key in given:
-                    self.state[param][key] = _as_moment(given[key], param)
+                    self.state[param][key] = as_moment(given[key], param)
 
 
 class AdamaxW(Adamax):
@@ -328,103 +216,6 @@ class AdamaxW(Adamax):
         )
 
 
-class _Native:
-    """What is kept from step to step only to make them cheaper."""
-
-    def __init__(self) -> None:
-        self.stepper = _core.Stepper()
-        self._settings: list[tuple[Any, ...]] = []
-        self._groups: list[_core.Group] = []  # of these settings
-
-    def groups_of(
-        self, param_groups: list[dict[str, Any]]
-    ) -> tuple[list[_core.Group], tuple[Tensor | None, ...]]:
-        """Return native groups with the settings of torch's; and rates that a GPU is to read."""
-        count = len(param_groups)
-        if len(self._groups) != count:
-            self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
-        rates: list[Tensor | None] = []
-        for i, group in enumerate(param_groups):
-            lr = group["lr"]
-            if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
-                rates += [None] * (i - len(rates)) + [lr]
-                lr = 0.0
-            beta_1, beta_2 = group["betas"]
-            # Numbers, as the value of a tensor can change in place.
-            settings = (
-                float(lr.detach() if isinstance(lr, Tensor) else lr),
-                float(beta_1),
-                float(beta_2),
-                float(group["eps"]),
-                float(group["weight_decay"]),
-                group["maximize"],
-                group["decoupled_weight_decay"],
-            )
-            if settings != self._settings[i]:
-                self._settings[i] = settings
-                self._groups[i] = _native_group(*settings)
-        return self._groups, tuple(rates)
-
-
-def _native_group(
-    lr: float,
-    beta_1: float,
-    beta_2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    decoupled: bool,
-) -> _core.Group:
-    group = _core.Group()
-    group.learning_rate = lr
-    group.beta_1, group.beta_2 = beta_1, beta_2
-    group.epsilon, group.epsilon_mode = eps, "inside"
-    group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
-    group.maximize = bool(maximize)
-    return group
-
-
-def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
-    return None if number is None else number.to(device)
-
-
 def _require(valid: Any, what: str, received: Any) -> None:
     if not valid:
         raise ValueError(f"Invalid {what}: {received}")
-
-
-def _new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
-    def zeros() -> Tensor:
-        return torch.zeros_like(
-            param, dtype=state_dtype(param), memory_format=torch.preserve_format
-        )
-
-    return {"step": _count(param, capturable), "exp_avg": zeros(), "exp_inf": zeros()}
-
-
-def _count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
-    """Return a number of completed steps as torch keeps it."""
-    is_double = torch.get_default_dtype() == torch.float64
-    return torch.tensor(
-        value,
-        dtype=torch.float64 if is_double else torch.float32,
-        device=param.device if capturable else None,
-    )
-
-
-def _as_moment(value: Tensor, param: Tensor) -> Tensor:
-    """Return a moment that was loaded, in the dtype, place and memory order of one of `param`."""
-    dtype = state_dtype(param)
-    if value.shape != param.shape or is_distributed(param):
-        return value.to(param.device, dtype)
-    moment = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    same = (value.dtype, value.device, value.stride()) == (dtype, moment.device, moment.stride())
-    return value if same else moment.copy_(value)
-
-
-def _require_capturable(params: list[Tensor]) -> None:
-    if any(param.device.type not in _CAPTURABLE_DEVICES for param in params):
-        raise AssertionError(
-            "If capturable=True, params and state_steps must be on supported devices: "
-            f"{_CAPTURABLE_DEVICES}."
-        )

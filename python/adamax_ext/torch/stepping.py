@@ -1,0 +1,201 @@
+"""A step of all parameter groups: collects their tensors and settings for one native call."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adamax_ext import _core
+from adamax_ext.torch.state import STATE_KEYS, new_state
+from adamax_ext.torch.tensors import Gathered, Variable, is_distributed, local, placed, share_memory
+
+_CAPTURABLE_DEVICES = ["cuda"]
+
+
+class LossScale(NamedTuple):
+    """What torch's GradScaler gives for one step, in the memory of a GPU."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def for_devices_of(self, params: Iterator[Tensor]) -> tuple[tuple[Tensor | None, ...], ...]:
+        """Return it for each device on which a parameter lies, if there is one."""
+        if self.grad_scale is None and self.found_inf is None:
+            return ()
+        devices = dict.fromkeys(param.device for param in params)
+        return tuple(
+            tuple(None if number is None else number.to(device) for number in self)
+            for device in devices
+        )
+
+
+class Settings(NamedTuple):
+    """Those of some groups, as the native step takes them."""
+
+    groups: list[_core.Group]
+    learning_rates: tuple[Tensor | None, ...]  # that a GPU is to read, of the first groups
+    loss_scale: LossScale
+
+    def of(self, i: int) -> "Settings":
+        """Return those of one group."""
+        one = slice(i, i + 1)
+        return Settings(self.groups[one], self.learning_rates[one], self.loss_scale)
+
+
+class Stepping:
+    """Does steps; from one to the next it keeps only what makes them cheaper."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # of the optimizer, for messages
+        self._stepper = _core.Stepper()
+        self._settings: list[tuple[Any, ...]] = []
+        self._groups: list[_core.Group] = []  # of these settings
+
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        states: dict[Tensor, dict[str, Tensor]],
+        loss_scale: LossScale,
+    ) -> None:
+        """Do one step, or raise an exception that says why nothing was done."""
+        arrays, sizes, others = _core.collect(
+            [group["params"] for group in param_groups],
+            states,
+            keys=STATE_KEYS,
+            plain_types=(Parameter, Tensor),
+        )
+        ends = list(accumulate(sizes))
+        new_states: dict[Tensor, dict[str, Tensor]] = {}
+        wrappers: list[Tensor] = []  # of local parts that are written
+        for i in others:
+            param, grad, *kept = arrays[5 * i : 5 * i + 5]
+            if kept[0] is None:
+                if param not in new_states:
+                    capturable = param_groups[bisect_right(ends, i)]["capturable"]
+                    new_states[param] = new_state(param, capturable)
+                kept = [new_states[param][key] for key in STATE_KEYS]
+            variable = Variable(param, grad, *kept)
+            if is_distributed(param):
+                wrappers.append(param)
+                variable = placed(variable, i)
+                if param in states:  # moments that were loaded for another placement stay here
+                    states[param].update(zip(STATE_KEYS, variable[2:], strict=True))
+                variable = local(variable)
+            arrays[5 * i : 5 * i + 5] = variable
+        for group, size, end in zip(param_groups, sizes, ends, strict=True):
+            if group["capturable"]:
+                _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
+        settings = self._settings_of(param_groups, loss_scale)
+        states.update(new_states)
+        try:
+            self._step_arrays(arrays, sizes, settings)
+        except BaseException:
+            for param, made in new_states.items():
+                if made["step"] == 0:  # an interrupt can come when the step is done
+                    del states[param]
+            raise
+        if wrappers:
+            torch.autograd.graph.increment_version(wrappers)
+
+    def _step_arrays(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
+        """Do one step on the tensors of each Variable, one after the other in `arrays`."""
+        odd = self._call(arrays, sizes, settings, is_strict=False)
+        if not odd:
+            return
+        with torch.no_grad():
+            gathered = {
+                begin: Gathered(Variable(*arrays[begin : begin + 5]), self.name)
+                for begin in (5 * i for i in odd)
+            }
+            if share_memory(arrays, odd):
+                self._step_in_turn(arrays, sizes, settings)
+                return
+            for begin, one in gathered.items():
+                arrays[begin : begin + 5] = one.variable
+            self._call(arrays, sizes, settings, is_strict=True)
+            for one in gathered.values():
+                one.scatter()
+
+    def _step_in_turn(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
+        """Step one variable after the other: each is gathered when those before are scattered."""
+        done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
+        variables = (arrays[begin : begin + 5] for begin in range(0, len(arrays), 5))
+        try:
+            for i, size in enumerate(sizes):
+                for variable in islice(variables, size):
+                    param, _, *kept = variable
+                    done += [(tensor, tensor.clone()) for tensor in (param, *kept)]
+                    self._step_arrays(variable, [1], settings.of(i))
+        except BaseException:
+            for tensor, copy in reversed(done):
+                tensor.copy_(copy)
+            raise
+
+    def _call(
+        self, arrays: list[Tensor], sizes: list[int], settings: Settings, is_strict: bool
+    ) -> list[int]:
+        groups, learning_rates, loss_scale = settings
+        return self._stepper.step(
+            arrays,
+            sizes=sizes,
+            groups=groups,
+            learning_rates=learning_rates,
+            loss_scales=loss_scale.for_devices_of(islice(arrays, 0, None, 5)),
+            is_strict=is_strict,
+        )
+
+    def _settings_of(self, param_groups: list[dict[str, Any]], loss_scale: LossScale) -> Settings:
+        count = len(param_groups)
+        if len(self._groups) != count:
+            self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
+        rates: list[Tensor | None] = []
+        for i, group in enumerate(param_groups):
+            lr = group["lr"]
+            if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
+                rates += [None] * (i - len(rates)) + [lr]
+                lr = 0.0
+            beta_1, beta_2 = group["betas"]
+            # Numbers, as the value of a tensor can change in place.
+            settings = (
+                float(lr.detach() if isinstance(lr, Tensor) else lr),
+                float(beta_1),
+                float(beta_2),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                group["maximize"],
+                group["decoupled_weight_decay"],
+            )
+            if settings != self._settings[i]:
+                self._settings[i] = settings
+                self._groups[i] = _native_group(*settings)
+        return Settings(self._groups, tuple(rates), loss_scale)
+
+
+def _native_group(
+    lr: float,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    decoupled: bool,
+) -> _core.Group:
+    group = _core.Group()
+    group.learning_rate = lr
+    group.beta_1, group.beta_2 = beta_1, beta_2
+    group.epsilon, group.epsilon_mode = eps, "inside"
+    group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
+    group.maximize = bool(maximize)
+    return group
+
+
+def _require_capturable(params: list[Tensor]) -> None:
+    if any(param.device.type not in _CAPTURABLE_DEVICES for param in params):
+        raise AssertionError(
+            "If capturable=True, params and state_steps must be on supported devices: "
+            f"{_CAPTURABLE_DEVICES}."
+        )
