@@ -6,13 +6,12 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
-#include <span>
 #include <vector>
 
 #include "adamax/adamax.hpp"
 #include "bindings/backend.hpp"
-#include "bindings/buffer.hpp"
 #include "bindings/overlap.hpp"
+#include "bindings/step_variable.hpp"
 
 namespace adamax::bindings {
 
@@ -31,8 +30,7 @@ class Stepper {
   ~Stepper();
 
   // One step of all variables together; of one after the other, in order, if they share memory.
-  // `arrays` has five entries for each variable: parameter, gradient, first moment, infinity norm,
-  // and an array of one float32 or float64, the number of completed steps, which is raised. That
+  // `arrays` has those of each Role for each variable. The number of completed steps is raised; it
   // lies on the host, or where the variable does, and is then read when the device runs.
   //
   // Returns the variables whose memory no kernel takes as it is, with nothing changed; throws what
@@ -40,31 +38,14 @@ class Stepper {
   std::vector<std::size_t> step(const py::tuple& arrays, StepSettings settings, bool is_strict);
 
  private:
-  struct Entry {
-    Variable variable;
-    int device = kHost;
-    int count_device = kHost;
-    DType count_dtype = DType::kFloat32;
-    void* count = nullptr;       // of completed steps
-    double step = 1.0;           // number of this one, in the type of the count, if on the host
-    std::size_t grad_place = 0;  // among written_, as last seen
-
-    double completed() const;
-    double raised(double completed) const;
-    void write_count() const;
-    std::span<const char> param() const;
-    std::span<const char> grad() const;
-    void add_to(WrittenMemory& written, std::size_t i) const;
-  };
   struct Part;
 
-  void import(std::size_t i, const py::tuple& arrays, Leases& leases);
   void import_numbers(StepSettings& settings, Leases& leases);
   bool share_memory();
   void number(bool one_by_one);
   std::vector<Part> parts(const StepSettings& settings, bool one_by_one);
 
-  std::vector<Entry> entries_;
+  std::vector<StepVariable> variables_;
   WrittenMemory written_;
   bool written_is_current_ = false;
   std::map<int, Streams> streams_;              // of this call, by device
