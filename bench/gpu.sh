@@ -33,7 +33,7 @@ python3 -m adamax_ext info
 
 fast="^(?!.*(compiled|jit|Keras|for-loop))" # the others compile for minutes
 part "Measurements" 240 python3 bench/peers.py --device cuda --only "$fast" --out "$out"
-part "Tests" 120 python3 -m pytest -q -p no:cacheprovider tests/test_cuda.py
+part "Tests" 120 python3 -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_torch_gpu.py
 if command -v compute-sanitizer >/dev/null; then
   some="offset or loss_scale or transposed or global_norm or (bfloat16-bfloat16 and (average or accumulation))"
   for tool in memcheck initcheck; do

@@ -9,7 +9,7 @@ const Backend& backend();
 
 constexpr const char* kCaptureRefused =
     "the stream is being captured into a CUDA graph; expected a stream that runs: a captured step "
-    "would repeat its step number, unless all groups take it from device memory, and memory that "
-    "is in use on other streams cannot be waited for";
+    "would repeat its step number, unless all groups take it from device memory (in torch: "
+    "capturable=True), and memory that is in use on other streams cannot be waited for";
 
 }  // namespace adamax::cuda
