@@ -7,27 +7,44 @@ from pathlib import Path
 import numpy as np
 from adamax_ext import Adamax
 from support.building import run
+from support.frameworks import load_torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SETTINGS = [
     [cell.strip() for cell in line.split("|")[1:4]]
-    for line in re.findall(r"\n(\| `.*)", README[: README.index("## What differs")])
+    for line in re.findall(r"\n(\| `.*)", README.partition("## Settings")[2].partition("\n## ")[0])
 ]
 
 
-def block(language):
-    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL).group(1)
+def block(language, title):
+    """The first one in the section with this title."""
+    section = README[README.index(f"\n## {title}\n") :]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL).group(1)
+
+
+def assert_prints_0_to_7(program, capsys):
+    exec(program, {})
+    printed = re.findall(r"-?\d+\.\d*", capsys.readouterr().out)
+    np.testing.assert_allclose([float(word) for word in printed], range(8), atol=0.011)
 
 
 def test_python_example(capsys):
-    exec(block("python"), {})
-    printed = capsys.readouterr().out.strip("[]\n").split()
-    np.testing.assert_allclose([float(word) for word in printed], range(8), atol=0.011)
+    assert_prints_0_to_7(block("python", "In Python"), capsys)
+
+
+def test_torch_example(capsys):
+    load_torch().manual_seed(0)
+    assert_prints_0_to_7(block("python", "In torch"), capsys)
+
+
+def test_examples_that_are_named_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / path).exists(), path
 
 
 def test_cpp_example(cpp_library, tmp_path):
     source, program = tmp_path / "example.cpp", tmp_path / "example"
-    source.write_text(block("cpp"))
+    source.write_text(block("cpp", "In C++"))
     (archive,) = cpp_library.prefix.rglob("*.a")
     include = cpp_library.prefix / "include"
     run("c++", "-std=c++20", "-pthread", f"-I{include}", source, archive, "-o", program)
