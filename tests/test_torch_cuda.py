@@ -108,7 +108,7 @@ def check_capture_refused():
         before = copy.deepcopy(optimizer.state_dict())
         with (
             emulated.captured(emulated.TableArray.current_stream),
-            pytest.raises(RuntimeError, match="captured into a CUDA graph.*capturable=True"),
+            pytest.raises(RuntimeError, match=r"captured into a CUDA graph.*capturable=True"),
         ):
             optimizer.step()
         for key, value in before["state"][0].items():
