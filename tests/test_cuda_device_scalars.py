@@ -246,7 +246,7 @@ def check_refused_captures():
     for call in refused:
 
         def step(call=call):
-            with pytest.raises(RuntimeError, match=r"captured.*unless all groups take it"):
+            with pytest.raises(RuntimeError, match=r"captured.*step numbers that the host tells"):
                 call.step(STREAM)
 
         before = [all_.copies(), some.copies(), none.copies()]

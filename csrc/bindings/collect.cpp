@@ -67,7 +67,7 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       const bool is_plain = std::any_of(plain_types.begin(), plain_types.end(),
                                         [&](py::handle plain) { return plain.is(type); });
       const bool is_known = state && PyDict_Check(state.ptr()) && PyDict_GET_SIZE(state.ptr()) > 0;
-      if (!is_plain || !is_known) collected.others.push_back(count);
+      if (!is_plain || !is_known) collected.to_inspect.push_back(count);
       append(param);
       append(grad);
       for (const py::handle key : keys) {

@@ -10,15 +10,15 @@ namespace adamax::bindings {
 namespace py = pybind11;
 
 struct Collected {
-  py::list arrays;                  // as Stepper::step takes them
-  std::vector<std::size_t> sizes;   // variables of each group
-  std::vector<std::size_t> others;  // of these variables, the state is None: it is not known yet,
-                                    // or the parameter is of a type that may hide its memory
+  py::list arrays;                      // as Stepper::step takes them
+  std::vector<std::size_t> sizes;       // variables of each group
+  std::vector<std::size_t> to_inspect;  // variables without a state, for which None stands, or
+                                        // of a type that may hide its memory
 };
 
-// From the parameters of each group with a gradient, which is their attribute `grad`. `states` has
-// a dict with the keys of `keys`, the first moment, the norm and the count of steps, for those that
-// were stepped before. Of `plain_types` are parameters that show their memory.
+// `groups` has lists of parameters, of which those are taken whose attribute `grad` is not None.
+// `states` has for each that was stepped before a dict, of which `keys` are the arrays of state.
+// Parameters of `plain_types` show their memory.
 Collected collect(const py::list& groups, const py::dict& states, const py::tuple& keys,
                   const py::tuple& plain_types);
 

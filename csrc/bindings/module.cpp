@@ -94,8 +94,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def(
           "step",
           [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,
-             std::vector<Group> groups, py::tuple learning_rates, py::tuple loss_scales,
-             bool is_strict) {
+             std::vector<Group> groups, std::vector<py::object> learning_rates,
+             std::vector<std::pair<py::object, py::object>> loss_scales, bool is_strict) {
             return self.step(arrays,
                              {std::move(sizes), std::move(groups), std::move(learning_rates),
                               std::move(loss_scales)},
@@ -109,7 +109,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       [](const py::list& groups, const py::dict& states, const py::tuple& keys,
          const py::tuple& plain_types) {
         const Collected collected = collect(groups, states, keys, plain_types);
-        return py::make_tuple(collected.arrays, collected.sizes, collected.others);
+        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect);
       },
       py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"), py::arg("plain_types"));
 

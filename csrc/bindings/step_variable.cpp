@@ -6,7 +6,7 @@
 namespace adamax::bindings {
 namespace {
 
-constexpr std::string_view kRoles[] = {"params", "grads", "momentum", "norm", "steps"};
+constexpr std::string_view kRoles[] = {"params", "grads", "exp_avg", "exp_inf", "step"};
 
 }  // namespace
 
@@ -46,11 +46,11 @@ void StepVariable::require_readable(const WrittenMemory& written, std::size_t i)
 }
 
 // In the type of the count, where large numbers stop rising, as torch counts.
-double StepVariable::raised(double completed) const {
+double StepVariable::incremented(double completed) const {
   return count_dtype == DType::kFloat64 ? completed + 1.0 : static_cast<float>(completed) + 1.0f;
 }
 
-double StepVariable::completed() const {
+double StepVariable::completed_steps() const {
   return count_dtype == DType::kFloat64 ? *static_cast<double*>(count)
                                         : *static_cast<float*>(count);
 }

@@ -17,7 +17,7 @@ namespace adamax::bindings {
 // one float32 or float64, the number of completed steps.
 enum Role { kParam, kGrad, kMomentum, kNorm, kSteps, kNumRoles };
 
-// As messages name them.
+// As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);
 py::handle item(const py::tuple& arrays, std::size_t i, Role role);
 
@@ -38,8 +38,8 @@ struct StepVariable {
   void require_readable(const WrittenMemory& written, std::size_t i);
 
   // Of a count on the host.
-  double completed() const;
-  double raised(double completed) const;
+  double completed_steps() const;
+  double incremented(double completed) const;
   void write_count() const;
 
  private:

@@ -58,48 +58,46 @@ Stepper::~Stepper() {
   runners_.clear();
 }
 
-// Those in device memory.
-void Stepper::import_numbers(StepSettings& settings, Leases& leases) {
-  const auto imported = [&](const py::handle& array, const Label& label, Buffer& buffer) {
+// Puts the learning rates into the groups, and returns the loss scales by device.
+std::map<int, DeviceLossScale> Stepper::import_device_scalars(
+    StepSettings& settings, Leases& leases, std::map<int, Streams>& streams) const {
+  Buffer buffer;
+  const auto import = [&](const py::object& array, const Label& label) {
     import_buffer(array, label, Access::kRead, leases, buffer);
     if (buffer.device == kHost) {
       throw py::value_error(label.text() + " is in host memory; expected that of a GPU");
     }
-    streams_[buffer.device].add(buffer);
+    streams[buffer.device].add(buffer);
+    return scalar_type(buffer, label);
   };
-  Buffer buffer;
   std::size_t begin = 0;  // of the variables of a group
   for (std::size_t i = 0; i < settings.learning_rates.size(); begin += settings.sizes[i++]) {
-    const Label label{"learning_rates", static_cast<py::ssize_t>(i)};
-    const py::object rate = settings.learning_rates[i];
-    if (rate.is_none()) continue;
-    imported(rate, label, buffer);
-    DeviceScalars& device = settings.groups.at(i).device;
-    device.learning_rate = buffer.data;
-    device.learning_rate_type = scalar_type(buffer, label);
+    if (settings.learning_rates[i].is_none()) continue;
+    const Label label{"lr", static_cast<py::ssize_t>(i)};
+    DeviceScalars& scalars = settings.groups[i].device;
+    scalars.learning_rate_type = import(settings.learning_rates[i], label);
+    scalars.learning_rate = buffer.data;
     for (std::size_t k = begin; k < begin + settings.sizes[i]; ++k) {
       if (variables_[k].device == buffer.device) continue;
       throw py::value_error(label.text() + " must lie on the device of " +
                             bindings::label(kParam, k).text());
     }
   }
-  loss_scales_.clear();
-  for (const py::handle pair : settings.loss_scales) {
-    const py::tuple numbers = py::reinterpret_borrow<py::tuple>(pair);
-    const auto number = [&](int k, const char* role) -> const float* {
-      const py::object array = numbers[k];
+  std::map<int, DeviceLossScale> loss_scales;
+  for (const auto& [grad_scale, found_inf] : settings.loss_scales) {
+    const auto import_float = [&](const py::object& array, const char* role) -> const float* {
       if (array.is_none()) return nullptr;
-      imported(array, {role}, buffer);
-      if (scalar_type(buffer, {role}) != ScalarType::kFloat32) {
+      if (import(array, {role}) != ScalarType::kFloat32) {
         throw py::value_error(std::string(role) + " has dtype float64; expected float32");
       }
       return reinterpret_cast<const float*>(buffer.data);
     };
-    const float* const scale = number(0, "grad_scale");
-    const float* const found_inf = number(1, "found_inf");
-    if (scale == nullptr && found_inf == nullptr) continue;
-    loss_scales_[buffer.device] = {scale, found_inf, /*writes_gradients=*/scale != nullptr};
+    const float* const scale = import_float(grad_scale, "grad_scale");
+    const float* const veto = import_float(found_inf, "found_inf");
+    if (scale == nullptr && veto == nullptr) continue;
+    loss_scales[buffer.device] = {scale, veto, /*writes_gradients=*/scale != nullptr};
   }
+  return loss_scales;
 }
 
 // Whether something that is written lies in other memory of the call.
@@ -120,20 +118,20 @@ bool Stepper::share_memory() {
 }
 
 // Finds the numbers of this step where they are counted on the host.
-void Stepper::number(bool one_by_one) {
+void Stepper::find_steps(bool one_by_one) {
   std::unordered_map<const void*, double> steps;  // of counts that variables share
   for (std::size_t i = 0; i < variables_.size(); ++i) {
     StepVariable& variable = variables_[i];
     if (variable.count_device != kHost) continue;
-    variable.step = variable.raised(variable.completed());
+    variable.step = variable.incremented(variable.completed_steps());
     if (one_by_one) {
       const auto [before, is_first] = steps.emplace(variable.count, variable.step);
-      if (!is_first) variable.step = before->second = variable.raised(before->second);
+      if (!is_first) variable.step = before->second = variable.incremented(before->second);
     }
     if (!(variable.step >= 1 && variable.step < 0x1p63) ||
         variable.step != std::floor(variable.step)) {
       throw py::value_error(label(kSteps, i).text() + " must be a whole number >= 0; received " +
-                            std::to_string(variable.completed()));
+                            std::to_string(variable.completed_steps()));
     }
   }
 }
@@ -165,43 +163,47 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
   const Busy busy(is_busy_);
   const std::size_t count =
       std::accumulate(settings.sizes.begin(), settings.sizes.end(), std::size_t{0});
-  if (count * kNumRoles != arrays.size() || settings.sizes.size() != settings.groups.size()) {
+  if (count * kNumRoles != arrays.size() || settings.sizes.size() != settings.groups.size() ||
+      (!settings.learning_rates.empty() &&
+       settings.learning_rates.size() != settings.groups.size())) {
     throw py::value_error(
-        "sizes must have an entry for each of the " + std::to_string(settings.groups.size()) +
-        " groups, which add up to a fifth of the " + std::to_string(arrays.size()) +
-        " arrays; received a sum of " + std::to_string(count));
+        "arrays must have " + std::to_string(kNumRoles) + " entries for each of the " +
+        std::to_string(count) +
+        " variables of sizes, and sizes and learning_rates an entry for each of " +
+        std::to_string(settings.groups.size()) + " groups; received " +
+        std::to_string(arrays.size()) + " arrays");
   }
   Leases leases;
-  streams_.clear();
+  std::map<int, Streams> streams;
   bool is_where_it_was = std::exchange(written_is_current_, false) && variables_.size() == count;
   variables_.resize(count);
-  std::vector<std::size_t> odd;
+  std::vector<std::size_t> unfit;
   for (std::size_t i = 0; i < count; ++i) {
     try {
-      is_where_it_was = variables_[i].import(arrays, i, leases, streams_) && is_where_it_was;
+      is_where_it_was = variables_[i].import(arrays, i, leases, streams) && is_where_it_was;
     } catch (const py::builtin_exception&) {
       if (is_strict) throw;
-      odd.push_back(i);
+      unfit.push_back(i);
     } catch (const py::error_already_set& error) {
       if (is_strict || !is_refusal(error)) throw;
-      odd.push_back(i);
+      unfit.push_back(i);
     }
   }
-  if (!odd.empty()) return odd;
+  if (!unfit.empty()) return unfit;
   written_is_current_ = is_where_it_was;
-  import_numbers(settings, leases);
+  const auto loss_scales = import_device_scalars(settings, leases, streams);
 
   const bool one_by_one = share_memory();
-  number(one_by_one);
+  find_steps(one_by_one);
   std::vector<std::pair<int, Program>> programs;  // all of them are checked before the first runs
   for (const Part& part : parts(settings, one_by_one)) {
-    const auto scale = loss_scales_.find(part.device);
-    const Call call{.device = scale != loss_scales_.end() ? scale->second : DeviceLossScale{}};
+    const auto scale = loss_scales.find(part.device);
+    const Call call{.device = scale != loss_scales.end() ? scale->second : DeviceLossScale{}};
     programs.emplace_back(part.device, make_program(part.variables, part.groups, call));
   }
   for (const auto& [device, program] : programs) {
     const auto [runner, _] = runners_.try_emplace(device, device, /*for_graphs=*/true);
-    runner->second.run(program, streams_[device], leases);
+    runner->second.run(program, streams[device], leases);
   }
   std::vector<py::handle> written;
   for (std::size_t i = 0; i < count; ++i) {

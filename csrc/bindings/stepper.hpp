@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "adamax/adamax.hpp"
@@ -18,10 +19,11 @@ namespace adamax::bindings {
 // The settings of the groups of a call. Its numbers in device memory are those of torch: arrays of
 // one element, or None.
 struct StepSettings {
-  std::vector<std::size_t> sizes;  // variables of each group
-  std::vector<Group> groups;       // their `step` is not used
-  py::tuple learning_rates;        // in device memory, an entry for each group
-  py::tuple loss_scales;           // pairs of grad_scale and found_inf, of each device
+  std::vector<std::size_t> sizes;          // variables of each group
+  std::vector<Group> groups;               // their `step` is not used
+  std::vector<py::object> learning_rates;  // in device memory; empty, or an entry for each group
+  // grad_scale and found_inf, on each device.
+  std::vector<std::pair<py::object, py::object>> loss_scales;
 };
 
 // Between calls it remembers only what makes the next one cheap. One call at a time.
@@ -40,16 +42,15 @@ class Stepper {
  private:
   struct Part;
 
-  void import_numbers(StepSettings& settings, Leases& leases);
+  std::map<int, DeviceLossScale> import_device_scalars(StepSettings& settings, Leases& leases,
+                                                       std::map<int, Streams>& streams) const;
   bool share_memory();
-  void number(bool one_by_one);
+  void find_steps(bool one_by_one);
   std::vector<Part> parts(const StepSettings& settings, bool one_by_one);
 
   std::vector<StepVariable> variables_;
   WrittenMemory written_;
   bool written_is_current_ = false;
-  std::map<int, Streams> streams_;              // of this call, by device
-  std::map<int, DeviceLossScale> loss_scales_;  // likewise
   std::map<int, Runner> runners_;
   std::atomic_flag is_busy_;
 };

@@ -8,8 +8,8 @@ namespace adamax::cuda {
 const Backend& backend();
 
 constexpr const char* kCaptureRefused =
-    "the stream is being captured into a CUDA graph; expected a stream that runs: a captured step "
-    "would repeat its step number, unless all groups take it from device memory (in torch: "
-    "capturable=True), and memory that is in use on other streams cannot be waited for";
+    "the stream is being captured into a CUDA graph; expected one that runs: a captured step would "
+    "repeat the step numbers that the host tells (in torch those are without capturable=True), and "
+    "could not wait for other streams";
 
 }  // namespace adamax::cuda

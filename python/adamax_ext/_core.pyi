@@ -73,8 +73,8 @@ class Stepper:
         *,
         sizes: Sequence[int],  # variables of each group
         groups: Sequence[Group],
-        learning_rates: tuple[Any, ...],  # in device memory, or None; of the first groups
-        loss_scales: tuple[tuple[Any, ...], ...],  # grad_scale and found_inf of each device
+        learning_rates: Sequence[Any],  # in device memory, or None; empty, or for each group
+        loss_scales: Sequence[tuple[Any, Any]],  # grad_scale and found_inf of each device
         is_strict: bool,
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
 
@@ -84,7 +84,7 @@ def collect(
     *,
     keys: tuple[str, ...],
     plain_types: tuple[type, ...],
-) -> tuple[list[Any], list[int], list[int]]: ...
+) -> tuple[list[Any], list[int], list[int]]: ...  # arrays and sizes for step(), and what to inspect
 def update(
     param: Any, grad: Any, m: Any, u: Any, *, average: Any, group: Group, grad_scale: float
 ) -> None: ...

@@ -26,7 +26,7 @@ namespace adamax {
 // The settings that variables share. Variables with other settings or another step number are in
 // other groups of the same call.
 struct Group {
-  double learning_rate = 0.001;  // below 0 it ascends, as torch's schedulers may
+  double learning_rate = 0.001;  // below 0 it ascends, and schedules of torch end there
   double beta_1 = 0.9;
   double beta_2 = 0.999;
   double epsilon = 1e-7;  // > 0; also 0 with EpsilonRule::kInside

@@ -1,6 +1,7 @@
 """`Adamax` and `AdamaxW` for torch: arguments, state and files in its words."""
 
 from collections.abc import Callable
+from functools import partialmethod
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,7 @@ class Adamax(torch.optim.Optimizer):
     eps : float >= 0
         Added to the size of the gradient before the infinity norm takes the maximum.
     weight_decay : float >= 0
-        Added to the gradient times the parameter; or decoupled, see below.
+        ``weight_decay * parameter`` is added to the gradient; or decoupled, see below.
     foreach : bool, optional
         Accepted as torch does, without effect: all groups go into one native call.
     maximize : bool
@@ -51,6 +52,8 @@ class Adamax(torch.optim.Optimizer):
     ``exp_avg`` and ``exp_inf``. A step is done for all parameters or, if an exception says why,
     for none.
     """
+
+    _stepping: Stepping | None = None  # made by the first step, and not copied or pickled
 
     def __init__(
         self,
@@ -103,7 +106,21 @@ class Adamax(torch.optim.Optimizer):
 
         Returns
         -------
-        The loss, or None.
+        object
+            What the closure returned, or None.
+
+        Raises
+        ------
+        RuntimeError
+            A gradient is sparse; memory that cannot be written; another step of this optimizer is
+            running; a GPU that cannot be used, or whose stream is being captured without
+            `capturable`.
+        ValueError, TypeError
+            A setting out of range, or state that does not fit to its parameter.
+        AssertionError
+            `capturable` with parameters on the host, in torch's words.
+
+        Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -112,12 +129,14 @@ class Adamax(torch.optim.Optimizer):
         self._step()
         return loss
 
+    # Dynamo cannot look into a native call. It may see step() itself, which has to stay a plain
+    # method: schedulers put another one in its place on the instance.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
-        stepping = self.__dict__.get("_stepping")
-        if stepping is None:
-            stepping = self._stepping = Stepping(type(self).__name__)
-        stepping.step(self.param_groups, self.state, self._loss_scale())
+        if self._stepping is None:
+            self._stepping = Stepping(type(self).__name__)
+        scale = LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._stepping.step(self.param_groups, self.state, scale)
 
     # ---- torch's GradScaler ----------------------------------------------------------------------
 
@@ -129,9 +148,6 @@ class Adamax(torch.optim.Optimizer):
         and libraries that clip gradients rely on it.
         """
         return all(group["capturable"] for group in self.param_groups)
-
-    def _loss_scale(self) -> LossScale:
-        return LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     # ---- Saving ----------------------------------------------------------------------------------
 
@@ -159,6 +175,11 @@ class Adamax(torch.optim.Optimizer):
         ----------
         state_dict : dict
             As for every optimizer of torch. Moments get the dtype that this class keeps them in.
+
+        Raises
+        ------
+        ValueError
+            Other parameter groups than this optimizer has. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
         # Last before, and first after, what the base class does, which rounds the moments to the
@@ -186,34 +207,9 @@ class Adamax(torch.optim.Optimizer):
 
 
 class AdamaxW(Adamax):
-    """`Adamax` with decoupled weight decay; all else is the same."""
+    """`Adamax` with decoupled weight decay by default; all else is the same."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        capturable: bool = False,
-        decoupled_weight_decay: bool = True,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-            capturable=capturable,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
+    __init__ = partialmethod(Adamax.__init__, decoupled_weight_decay=True)
 
 
 def _require(valid: Any, what: str, received: Any) -> None:

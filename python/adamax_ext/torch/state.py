@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from adamax_ext.torch.tensors import is_distributed, state_dtype
+from adamax_ext.torch.tensors import Variable, is_distributed, state_dtype
 
-STATE_KEYS = ("exp_avg", "exp_inf", "step")  # in the order of Variable
+STATE_KEYS = Variable._fields[2:]
 
 
 def new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
+    """Return the state of a parameter that was never stepped."""
+
     def zeros() -> Tensor:
         return torch.zeros_like(
             param, dtype=state_dtype(param), memory_format=torch.preserve_format

@@ -11,7 +11,15 @@ from torch.nn import Parameter
 
 from adamax_ext import _core
 from adamax_ext.torch.state import STATE_KEYS, new_state
-from adamax_ext.torch.tensors import Gathered, Variable, is_distributed, local, placed, share_memory
+from adamax_ext.torch.tensors import (
+    WIDTH,
+    Gathered,
+    Variable,
+    is_distributed,
+    local,
+    placed,
+    share_memory,
+)
 
 _CAPTURABLE_DEVICES = ["cuda"]
 
@@ -22,22 +30,19 @@ class LossScale(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    def for_devices_of(self, params: Iterator[Tensor]) -> tuple[tuple[Tensor | None, ...], ...]:
+    def for_devices_of(self, params: Iterator[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return it for each device on which a parameter lies, if there is one."""
         if self.grad_scale is None and self.found_inf is None:
-            return ()
+            return []
         devices = dict.fromkeys(param.device for param in params)
-        return tuple(
-            tuple(None if number is None else number.to(device) for number in self)
-            for device in devices
-        )
+        return [(_on(device, self.grad_scale), _on(device, self.found_inf)) for device in devices]
 
 
 class Settings(NamedTuple):
     """Those of some groups, as the native step takes them."""
 
     groups: list[_core.Group]
-    learning_rates: tuple[Tensor | None, ...]  # that a GPU is to read, of the first groups
+    learning_rates: list[Tensor | None]  # that a GPU is to read; empty if there are none
     loss_scale: LossScale
 
     def of(self, i: int) -> "Settings":
@@ -62,7 +67,7 @@ class Stepping:
         loss_scale: LossScale,
     ) -> None:
         """Do one step, or raise an exception that says why nothing was done."""
-        arrays, sizes, others = _core.collect(
+        arrays, sizes, to_inspect = _core.collect(
             [group["params"] for group in param_groups],
             states,
             keys=STATE_KEYS,
@@ -71,8 +76,8 @@ class Stepping:
         ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
-        for i in others:
-            param, grad, *kept = arrays[5 * i : 5 * i + 5]
+        for i in to_inspect:
+            param, grad, *kept = arrays[WIDTH * i : WIDTH * (i + 1)]
             if kept[0] is None:
                 if param not in new_states:
                     capturable = param_groups[bisect_right(ends, i)]["capturable"]
@@ -85,10 +90,10 @@ class Stepping:
                 if param in states:  # moments that were loaded for another placement stay here
                     states[param].update(zip(STATE_KEYS, variable[2:], strict=True))
                 variable = local(variable)
-            arrays[5 * i : 5 * i + 5] = variable
+            arrays[WIDTH * i : WIDTH * (i + 1)] = variable
         for group, size, end in zip(param_groups, sizes, ends, strict=True):
             if group["capturable"]:
-                _require_capturable(arrays[5 * (end - size) : 5 * end : 5])
+                _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
         settings = self._settings_of(param_groups, loss_scale)
         states.update(new_states)
         try:
@@ -103,19 +108,19 @@ class Stepping:
 
     def _step_arrays(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
         """Do one step on the tensors of each Variable, one after the other in `arrays`."""
-        odd = self._call(arrays, sizes, settings, is_strict=False)
-        if not odd:
+        unfit = self._call(arrays, sizes, settings, is_strict=False)
+        if not unfit:
             return
         with torch.no_grad():
             gathered = {
-                begin: Gathered(Variable(*arrays[begin : begin + 5]), self.name)
-                for begin in (5 * i for i in odd)
+                begin: Gathered(Variable(*arrays[begin : begin + WIDTH]), self.name)
+                for begin in (WIDTH * i for i in unfit)
             }
-            if share_memory(arrays, odd):
+            if share_memory(arrays, unfit):
                 self._step_in_turn(arrays, sizes, settings)
                 return
             for begin, one in gathered.items():
-                arrays[begin : begin + 5] = one.variable
+                arrays[begin : begin + WIDTH] = one.variable
             self._call(arrays, sizes, settings, is_strict=True)
             for one in gathered.values():
                 one.scatter()
@@ -123,7 +128,7 @@ class Stepping:
     def _step_in_turn(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""
         done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
-        variables = (arrays[begin : begin + 5] for begin in range(0, len(arrays), 5))
+        variables = (arrays[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH))
         try:
             for i, size in enumerate(sizes):
                 for variable in islice(variables, size):
@@ -144,7 +149,7 @@ class Stepping:
             sizes=sizes,
             groups=groups,
             learning_rates=learning_rates,
-            loss_scales=loss_scale.for_devices_of(islice(arrays, 0, None, 5)),
+            loss_scales=loss_scale.for_devices_of(islice(arrays, 0, None, WIDTH)),
             is_strict=is_strict,
         )
 
@@ -152,11 +157,11 @@ class Stepping:
         count = len(param_groups)
         if len(self._groups) != count:
             self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
-        rates: list[Tensor | None] = []
+        rates: list[Tensor | None] = [None] * count
         for i, group in enumerate(param_groups):
             lr = group["lr"]
             if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
-                rates += [None] * (i - len(rates)) + [lr]
+                rates[i] = lr
                 lr = 0.0
             beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.
@@ -172,7 +177,12 @@ class Stepping:
             if settings != self._settings[i]:
                 self._settings[i] = settings
                 self._groups[i] = _native_group(*settings)
-        return Settings(self._groups, tuple(rates), loss_scale)
+        has_rates = any(rate is not None for rate in rates)
+        return Settings(self._groups, rates if has_rates else [], loss_scale)
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return None if number is None else number.to(device)
 
 
 def _native_group(

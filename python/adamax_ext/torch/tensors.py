@@ -29,6 +29,9 @@ class Variable(NamedTuple):
     step: Tensor
 
 
+WIDTH = len(Variable._fields)  # of one in a list of tensors of many
+
+
 def is_distributed(tensor: Any) -> bool:
     """Whether this is a DTensor, of which each process has a part."""
     return hasattr(tensor, "placements")
@@ -43,8 +46,8 @@ def placed(variable: Variable, i: int) -> Variable:
     param, grad, exp_avg, exp_inf, step = variable
     with torch.no_grad():
         grad = _placed_as(param, grad, f"grads[{i}]")
-        exp_avg = _placed_as(param, exp_avg, f"momentum[{i}]")
-        exp_inf = _placed_as(param, exp_inf, f"norm[{i}]")
+        exp_avg = _placed_as(param, exp_avg, f"exp_avg[{i}]")
+        exp_inf = _placed_as(param, exp_inf, f"exp_inf[{i}]")
     return Variable(param, grad, exp_avg, exp_inf, step)
 
 
@@ -74,18 +77,18 @@ def _ready(tensor: Any) -> Any:
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
-def share_memory(arrays: list[Tensor], odd: list[int]) -> bool:
+def share_memory(arrays: list[Tensor], unfit: list[int]) -> bool:
     """Whether a variable that is gathered may share memory with a parameter or gradient of another.
 
-    `arrays` has the tensors of each Variable, one after the other; `odd` are to be gathered.
+    `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
     """
-    params, grads = ([_storage_of(tensor) for tensor in arrays[role::5]] for role in (0, 1))
+    params, grads = ([_storage_of(tensor) for tensor in arrays[role::WIDTH]] for role in (0, 1))
     users = Counter(params)
-    gathered = {params[i] for i in odd}
+    gathered = {params[i] for i in unfit}
     if any(users[param] > 1 for param in gathered):
         return True
     foreign = [i for i, grad in enumerate(grads) if grad in users and grad != params[i]]
-    return any(i in odd or grads[i] in gathered for i in foreign)
+    return any(i in unfit or grads[i] in gathered for i in foreign)
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -117,8 +120,9 @@ class Gathered:
         param, grad, exp_avg, exp_inf, step = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        if not isinstance(step, Tensor):
-            raise RuntimeError(f"the step count of a state must be a tensor; received {step!r}")
+        for key, kept in zip(Variable._fields[2:], variable[2:], strict=True):
+            if not isinstance(kept, Tensor):
+                raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
         for written in (param, exp_avg, exp_inf, step):
             _require_writable(written)
         grad = _ready(grad)
