@@ -71,6 +71,28 @@ def test_tiny_state_becomes_zero_exactly_at_the_limit(isa, dtype):
     run_on(isa, check_quiet_tiny_state, dtype)
 
 
+def check_tiny_epsilon_inside(dtype):
+    T = np.dtype(dtype).type
+    for epsilon in (float(np.finfo(T).tiny), 0.0):
+        u = np.array([0, np.finfo(T).tiny, reference.tiny(T) / 2, 1, 1], T)
+        grad = np.array([0 if epsilon else 1, 0, 0, 0, 2 * np.finfo(T).tiny], T)
+        arrays = {"param": np.ones_like(u), "grad": grad, "m": np.zeros_like(u), "u": u}
+        for step in range(1, 100):
+            settings = {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.5, "epsilon": epsilon}
+            assert_same_step(
+                arrays, f"step {step}", step=step, epsilon_mode="inside", **settings
+            )
+        assert np.isfinite(arrays["param"]).all()
+        assert (arrays["u"] > 0).all()
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_tiny_epsilon_inside_is_divided_by(isa, dtype):
+    """As torch does; zero by zero would be NaN."""
+    run_on(isa, check_tiny_epsilon_inside, dtype)
+
+
 rates = st.one_of(st.just(0.0), st.floats(1e-9, 1e9))
 betas = st.one_of(st.just(0.0), st.floats(0, 1, exclude_max=True))
 

@@ -77,16 +77,22 @@ void Runner::prepare(const Program& largest, const Streams& streams) {
   allocate(backend, backend.scratch_bytes(largest));
 }
 
+void Runner::reserve(const Program& program, const Streams& streams) {
+  const Backend& backend = backend_of(device_);
+  const std::size_t bytes = backend.scratch_bytes(program);
+  if (bytes <= workspace_.bytes) return;
+  const Queue queue = streams.queue(device_);
+  const py::gil_scoped_release release;
+  backend.synchronize(queue);  // refuses a capture, which an allocation would break
+  allocate(backend, bytes);
+}
+
 Outcome Runner::run(const Program& program, const Streams& streams, const Leases& leases) {
+  reserve(program, streams);
   const Backend& backend = backend_of(device_);
   const Queue queue = streams.queue(device_);
   const py::gil_scoped_release release;
   try {
-    const std::size_t bytes = backend.scratch_bytes(program);
-    if (bytes > workspace_.bytes) {  // rare
-      backend.synchronize(queue);    // refuses a capture, which an allocation would break
-      allocate(backend, bytes);
-    }
     Workspace workspace = workspace_;
     if (for_graphs_) workspace.last_use = nullptr;
     const Outcome outcome = backend.run(queue, workspace, program);

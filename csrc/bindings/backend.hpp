@@ -55,6 +55,8 @@ class Runner {
   // Waits for all work on the device, and allocates what programs need that are like this one, or
   // part of it.
   void prepare(const Program& largest, const Streams& streams);
+  // Allocates what the program needs, which can fail.
+  void reserve(const Program& program, const Streams& streams);
   // What `leases` hold must be all that the program uses.
   Outcome run(const Program& program, const Streams& streams, const Leases& leases);
 

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<>())
+      .def_readonly("calls", &Stepper::calls)
       .def(
           "step",
           [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,

@@ -40,9 +40,12 @@ void StepVariable::add_to(WrittenMemory& written, std::size_t i) const {
 }
 
 void StepVariable::require_readable(const WrittenMemory& written, std::size_t i) {
-  const std::span grad{static_cast<const char*>(variable.memory.grad),
-                       variable.size * itemsize(variable.storage.grad)};
-  written.require_readable(grad, label(kGrad, i), param(), grad_place);
+  written.require_readable(grad(), label(kGrad, i), param(), grad_place);
+}
+
+std::span<const char> StepVariable::grad() const {
+  return {static_cast<const char*>(variable.memory.grad),
+          variable.size * itemsize(variable.storage.grad)};
 }
 
 // In the type of the count, where large numbers stop rising, as torch counts.
@@ -106,6 +109,7 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, Leases& leases
   import_counts(item(arrays, i, kSteps), count_label, leases, buffer);
   if (buffer.device != kHost) require_same_device(buffer, count_label, param, param_label);
   scalar_type(buffer, count_label);
+  is_where_it_was = is_where_it_was && count_dtype == buffer.dtype;
   count_device = buffer.device;
   count_dtype = buffer.dtype;
   place(count, buffer);

@@ -42,8 +42,8 @@ struct StepVariable {
   double incremented(double completed) const;
   void write_count() const;
 
- private:
   std::span<const char> param() const;
+  std::span<const char> grad() const;
 };
 
 // The type of one number in memory; throws ValueError for another array.

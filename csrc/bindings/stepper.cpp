@@ -101,8 +101,16 @@ std::map<int, DeviceLossScale> Stepper::import_device_scalars(
 }
 
 // Whether something that is written lies in other memory of the call.
-bool Stepper::share_memory() {
+bool Stepper::share_memory(bool writes_gradients) {
   try {
+    if (writes_gradients) {
+      WrittenMemory all;
+      for (std::size_t i = 0; i < variables_.size(); ++i) {
+        variables_[i].add_to(all, i);
+        all.add(variables_[i].grad().data(), variables_[i].grad().size(), label(kGrad, i));
+      }
+      all.seal();
+    }
     if (!written_is_current_) {
       WrittenMemory written;
       for (std::size_t i = 0; i < variables_.size(); ++i) variables_[i].add_to(written, i);
@@ -141,13 +149,7 @@ std::vector<Stepper::Part> Stepper::parts(const StepSettings& settings, bool one
   std::size_t i = 0;
   for (std::size_t group = 0; group < settings.sizes.size(); ++group) {
     for (const std::size_t end = i + settings.sizes[group]; i < end; ++i) {
-      StepVariable& variable = variables_[i];
-      if (one_by_one) {  // each by itself has to be sound
-        WrittenMemory written;
-        variable.add_to(written, i);
-        written.seal();
-        variable.require_readable(written, i);
-      }
+      const StepVariable& variable = variables_[i];
       auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& other) {
         return !one_by_one && other.device == variable.device;
       });
@@ -178,22 +180,36 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
   bool is_where_it_was = std::exchange(written_is_current_, false) && variables_.size() == count;
   variables_.resize(count);
   std::vector<std::size_t> unfit;
-  for (std::size_t i = 0; i < count; ++i) {
-    try {
-      is_where_it_was = variables_[i].import(arrays, i, leases, streams) && is_where_it_was;
-    } catch (const py::builtin_exception&) {
-      if (is_strict) throw;
-      unfit.push_back(i);
-    } catch (const py::error_already_set& error) {
-      if (is_strict || !is_refusal(error)) throw;
-      unfit.push_back(i);
+  const auto check_each = [&](const auto& check) {
+    for (std::size_t i = 0; i < count; ++i) {
+      try {
+        check(i);
+      } catch (const py::builtin_exception&) {
+        if (is_strict) throw;
+        unfit.push_back(i);
+      } catch (const py::error_already_set& error) {
+        if (is_strict || !is_refusal(error)) throw;
+        unfit.push_back(i);
+      }
     }
-  }
+  };
+  check_each([&](std::size_t i) {
+    is_where_it_was = variables_[i].import(arrays, i, leases, streams) && is_where_it_was;
+  });
   if (!unfit.empty()) return unfit;
   written_is_current_ = is_where_it_was;
   const auto loss_scales = import_device_scalars(settings, leases, streams);
 
-  const bool one_by_one = share_memory();
+  const bool one_by_one = share_memory(/*writes_gradients=*/!loss_scales.empty());
+  if (one_by_one) {  // each by itself has to be sound
+    check_each([&](std::size_t i) {
+      WrittenMemory written;
+      variables_[i].add_to(written, i);
+      written.seal();
+      variables_[i].require_readable(written, i);
+    });
+    if (!unfit.empty()) return unfit;
+  }
   find_steps(one_by_one);
   std::vector<std::pair<int, Program>> programs;  // all of them are checked before the first runs
   for (const Part& part : parts(settings, one_by_one)) {
@@ -201,10 +217,17 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
     const Call call{.device = scale != loss_scales.end() ? scale->second : DeviceLossScale{}};
     programs.emplace_back(part.device, make_program(part.variables, part.groups, call));
   }
+  // What can fail on a device comes before the first of them runs, and devices before the host.
+  std::stable_partition(programs.begin(), programs.end(),
+                        [](const auto& item) { return item.first != kHost; });
   for (const auto& [device, program] : programs) {
     const auto [runner, _] = runners_.try_emplace(device, device, /*for_graphs=*/true);
-    runner->second.run(program, streams[device], leases);
+    runner->second.reserve(program, streams[device]);
   }
+  for (const auto& [device, program] : programs) {
+    runners_.at(device).run(program, streams[device], leases);
+  }
+  ++calls;
   std::vector<py::handle> written;
   for (std::size_t i = 0; i < count; ++i) {
     if (variables_[i].count_device == kHost) variables_[i].write_count();

@@ -39,12 +39,14 @@ class Stepper {
   // is wrong with the first one instead if `is_strict`.
   std::vector<std::size_t> step(const py::tuple& arrays, StepSettings settings, bool is_strict);
 
+  std::int64_t calls = 0;  // of step(), that were done: an interrupt in Python can come behind one
+
  private:
   struct Part;
 
   std::map<int, DeviceLossScale> import_device_scalars(StepSettings& settings, Leases& leases,
                                                        std::map<int, Streams>& streams) const;
-  bool share_memory();
+  bool share_memory(bool writes_gradients);
   void find_steps(bool one_by_one);
   std::vector<Part> parts(const StepSettings& settings, bool one_by_one);
 

@@ -39,7 +39,7 @@ struct VectorScalars {
         clips(clip != 1.0 || s.clip_value != __builtin_inf()) {}
 };
 
-// Magnitude below which `m` and `u` become zero, so that a parameter whose gradient stays zero
+// Magnitude below which `m`, and `u` with epsilon outside, become zero, so that a parameter whose gradient stays zero
 // never reaches subnormals, which x86 computes many times slower.
 template <class T>
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
@@ -55,7 +55,9 @@ ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRu
   const V tiny(kTiny<typename V::Scalar>);
   const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
   m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
-  u = zero_below(maximum(u * s.beta_2, magnitude), tiny);
+  u = maximum(u * s.beta_2, magnitude);
+  // With epsilon inside it falls no further than there, and a smaller one may be what divides.
+  if (epsilon == EpsilonRule::kOutside) u = zero_below(u, tiny);
 
   const V denominator = epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   w = w - (s.rate * m) / denominator;

@@ -66,6 +66,8 @@ class Plan:
 class Stepper:
     """Steps on variables whose state somebody else keeps, with a step count each."""
 
+    @property
+    def calls(self) -> int: ...  # of step(), that were done
     def __init__(self) -> None: ...
     def step(
         self,

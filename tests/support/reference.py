@@ -122,7 +122,8 @@ def update(
         else:
             u[...] = np.maximum(u * T(beta_2), np.abs(h) + T(epsilon))
         m[np.abs(m) < tiny(T)] = 0
-        u[u < tiny(T)] = 0
+        if epsilon_mode == "outside":
+            u[u < tiny(T)] = 0
         below = u + T(epsilon) if epsilon_mode == "outside" else u
         w[...] = w - (rate * m) / below
 
