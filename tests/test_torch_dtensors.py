@@ -176,7 +176,7 @@ def refused_on_rank_1():
         if step == 2 and dist.get_rank() == 1:
             count = optimizer.state[params[3]]["step"]
             count += 0.5
-            with pytest.raises(ValueError, match=r"^steps\[3\] must be a whole number"):
+            with pytest.raises(ValueError, match=r"^step\[3\] must be a whole number"):
                 optimizer.step()
             count -= 0.5
             grad, params[1].grad = params[1].grad, torch.ones(SHAPES[1])

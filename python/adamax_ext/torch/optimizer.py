@@ -180,6 +180,11 @@ class Adamax(torch.optim.Optimizer):
         ------
         ValueError
             Other parameter groups than this optimizer has. Nothing has changed then.
+
+        Notes
+        -----
+        Files of ``torch.distributed.checkpoint`` from torch's class lack `decoupled_weight_decay`;
+        read them with ``DefaultLoadPlanner(allow_partial_load=True)``, which keeps that of here.
         """
         loaded: dict[str, Any] = {}
         # Last before, and first after, what the base class does, which rounds the moments to the

@@ -18,6 +18,7 @@ from adamax_ext.torch.tensors import (
     is_distributed,
     local,
     placed,
+    ready,
     share_memory,
 )
 
@@ -112,10 +113,10 @@ class Stepping:
         if not unfit:
             return
         with torch.no_grad():
-            gathered = {
-                begin: Gathered(Variable(*arrays[begin : begin + WIDTH]), self.name)
-                for begin in (WIDTH * i for i in unfit)
-            }
+            gathered = {}
+            for begin in (WIDTH * i for i in unfit):
+                arrays[begin + 1] = ready(arrays[begin + 1])  # a gradient that a collective gives
+                gathered[begin] = Gathered(Variable(*arrays[begin : begin + WIDTH]), self.name)
             if share_memory(arrays, unfit):
                 self._step_in_turn(arrays, sizes, settings)
                 return

@@ -53,7 +53,7 @@ def placed(variable: Variable, i: int) -> Variable:
 
 def local(variable: Variable) -> Variable:
     """Return the parts of DTensors that this process has; of other tensors, all."""
-    return Variable(*(_ready(getattr(tensor, "_local_tensor", tensor)) for tensor in variable))
+    return Variable(*(ready(getattr(tensor, "_local_tensor", tensor)) for tensor in variable))
 
 
 def _placed_as(param: Any, tensor: Any, label: str) -> Any:
@@ -72,7 +72,7 @@ def _placed_as(param: Any, tensor: Any, label: str) -> Any:
     return tensor.redistribute(placements=param.placements)
 
 
-def _ready(tensor: Any) -> Any:
+def ready(tensor: Any) -> Any:
     """Return what a collective gave, which may still be under way."""
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
@@ -125,7 +125,6 @@ class Gathered:
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
         for written in (param, exp_avg, exp_inf, step):
             _require_writable(written)
-        grad = _ready(grad)
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
                 torch.view_as_real, (param, grad.resolve_conj(), exp_avg, exp_inf)
