@@ -79,9 +79,7 @@ def check_tiny_epsilon_inside(dtype):
         arrays = {"param": np.ones_like(u), "grad": grad, "m": np.zeros_like(u), "u": u}
         for step in range(1, 100):
             settings = {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.5, "epsilon": epsilon}
-            assert_same_step(
-                arrays, f"step {step}", step=step, epsilon_mode="inside", **settings
-            )
+            assert_same_step(arrays, f"step {step}", step=step, epsilon_mode="inside", **settings)
         assert np.isfinite(arrays["param"]).all()
         assert (arrays["u"] > 0).all()
 

@@ -135,7 +135,8 @@ class Adamax(torch.optim.Optimizer):
     def _step(self) -> None:
         if self._stepping is None:
             self._stepping = Stepping(type(self).__name__)
-        scale = LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        names = ("grad_scale", "found_inf") if self._step_supports_amp_scaling else ()
+        scale = LossScale(*(getattr(self, name, None) for name in names))
         self._stepping.step(self.param_groups, self.state, scale)
 
     # ---- torch's GradScaler ----------------------------------------------------------------------
@@ -207,7 +208,7 @@ class Adamax(torch.optim.Optimizer):
         for name, param in zip(ids, params, strict=True):
             given = loaded["state"].get(name, {})
             for key in ("exp_avg", "exp_inf"):
-                if key in given:
+                if torch.is_tensor(given.get(key)):
                     self.state[param][key] = as_moment(given[key], param)
 
 

@@ -19,6 +19,7 @@ from adamax_ext.torch.tensors import (
     local,
     placed,
     ready,
+    scatter,
     share_memory,
 )
 
@@ -28,8 +29,8 @@ _CAPTURABLE_DEVICES = ["cuda"]
 class LossScale(NamedTuple):
     """What torch's GradScaler gives for one step, in the memory of a GPU."""
 
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def for_devices_of(self, params: Iterator[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return it for each device on which a parameter lies, if there is one."""
@@ -58,6 +59,7 @@ class Stepping:
     def __init__(self, name: str) -> None:
         self.name = name  # of the optimizer, for messages
         self._stepper = _core.Stepper()
+        self._undone_calls = 0  # of the stepper, when what they did was undone
         self._settings: list[tuple[Any, ...]] = []
         self._groups: list[_core.Group] = []  # of these settings
 
@@ -97,11 +99,12 @@ class Stepping:
                 _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
         settings = self._settings_of(param_groups, loss_scale)
         states.update(new_states)
+        before = self._stepper.calls
         try:
             self._step_arrays(arrays, sizes, settings)
         except BaseException:
-            for param, made in new_states.items():
-                if made["step"] == 0:  # an interrupt can come when the step is done
+            if self._stepper.calls in (before, self._undone_calls):
+                for param in new_states:
                     del states[param]
             raise
         if wrappers:
@@ -114,17 +117,26 @@ class Stepping:
             return
         with torch.no_grad():
             gathered = {}
+            writes_gradients = settings.loss_scale.grad_scale is not None
             for begin in (WIDTH * i for i in unfit):
                 arrays[begin + 1] = ready(arrays[begin + 1])  # a gradient that a collective gives
-                gathered[begin] = Gathered(Variable(*arrays[begin : begin + WIDTH]), self.name)
+                variable = Variable(*arrays[begin : begin + WIDTH])
+                gathered[begin] = Gathered(variable, self.name, writes_gradients)
             if share_memory(arrays, unfit):
                 self._step_in_turn(arrays, sizes, settings)
                 return
             for begin, one in gathered.items():
                 arrays[begin : begin + WIDTH] = one.variable
-            self._call(arrays, sizes, settings, is_strict=True)
-            for one in gathered.values():
-                one.scatter()
+            before = self._stepper.calls
+            try:
+                self._call(arrays, sizes, settings, is_strict=True)
+            finally:
+                if self._stepper.calls > before:  # also if an interrupt comes behind it
+                    try:
+                        scatter(gathered.values())
+                    except BaseException:  # an interrupt: once more, which does no harm
+                        scatter(gathered.values())
+                        raise
 
     def _step_in_turn(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""
@@ -139,6 +151,7 @@ class Stepping:
         except BaseException:
             for tensor, copy in reversed(done):
                 tensor.copy_(copy)
+            self._undone_calls = self._stepper.calls
             raise
 
     def _call(
@@ -162,7 +175,8 @@ class Stepping:
         for i, group in enumerate(param_groups):
             lr = group["lr"]
             if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
-                rates[i] = lr
+                is_known = lr.dtype in (torch.float32, torch.float64)
+                rates[i] = lr if is_known else lr.double()
                 lr = 0.0
             beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.

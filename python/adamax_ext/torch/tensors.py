@@ -1,6 +1,8 @@
 """Tensors as the native step takes them: the local part, real numbers, one dense memory order."""
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -78,17 +80,19 @@ def ready(tensor: Any) -> Any:
 
 
 def share_memory(arrays: list[Tensor], unfit: list[int]) -> bool:
-    """Whether a variable that is gathered may share memory with a parameter or gradient of another.
+    """Whether a variable that is gathered may share memory with what another one has.
 
     `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
     """
-    params, grads = ([_storage_of(tensor) for tensor in arrays[role::WIDTH]] for role in (0, 1))
-    users = Counter(params)
-    gathered = {params[i] for i in unfit}
-    if any(users[param] > 1 for param in gathered):
-        return True
-    foreign = [i for i, grad in enumerate(grads) if grad in users and grad != params[i]]
-    return any(i in unfit or grads[i] in gathered for i in foreign)
+    storages = [_storage_of(tensor) for tensor in arrays]
+    variables = [storages[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH)]
+    written = Counter(chain.from_iterable([param, *kept] for param, _, *kept in variables))
+    readers = Counter(grad for param, grad, *_ in variables if grad != param)
+    return any(
+        written[grad] > (grad == param)
+        or any(written[storage] > 1 or readers[storage] > 0 for storage in (param, *kept))
+        for param, grad, *kept in map(variables.__getitem__, unfit)
+    )
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -116,20 +120,24 @@ class Gathered:
     Raises RuntimeError for what torch's own step does not take either.
     """
 
-    def __init__(self, variable: Variable, name: str) -> None:
+    def __init__(self, variable: Variable, name: str, writes_gradient: bool) -> None:
         param, grad, exp_avg, exp_inf, step = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
         for key, kept in zip(Variable._fields[2:], variable[2:], strict=True):
             if not isinstance(kept, Tensor):
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
-        for written in (param, exp_avg, exp_inf, step):
-            _require_writable(written)
+        written = [param, exp_avg, exp_inf, step] + [grad] * writes_gradient
+        for tensor in written:
+            _require_writable(tensor)
+        self.copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
+        own_grad = grad
+        if _storage_of(grad) == _storage_of(param):  # it may lie across what is written
+            grad = grad.clone()
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
                 torch.view_as_real, (param, grad.resolve_conj(), exp_avg, exp_inf)
             )
-        self._copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
         order = torch.empty_like(param)  # dense, and as the parameter if that is dense
         wide = state_dtype(param)
 
@@ -146,21 +154,24 @@ class Gathered:
             ):
                 return tensor
             copy = torch.empty_like(order, dtype=dtype).copy_(tensor)
-            self._copies.append((copy, tensor))
+            self.copies.append((copy, tensor))
             return copy
 
         grad = plain(grad, param.dtype if grad.dtype == param.dtype else wide)
-        self._copies.clear()  # nothing goes back to a gradient
+        unscaled = torch.view_as_complex(grad) if own_grad.is_complex() else grad
+        self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
         exp_avg, exp_inf = plain(exp_avg, wide), plain(exp_inf, wide)
         count = step
         is_plain = step.is_floating_point() and step.itemsize >= 4
         if not (is_plain and (step.is_cpu or step.device == param.device)):
             count = step.to("cpu", torch.float64)
-            self._copies.append((count, step))
+            self.copies.append((count, step))
         self.variable = Variable(param, grad, exp_avg, exp_inf, count)
 
-    def scatter(self) -> None:
-        """Copy back what was computed in other memory."""
-        for copy, tensor in self._copies:
+
+def scatter(gathered: Iterable[Gathered]) -> None:
+    """Copy back what was computed in other memory."""
+    for one in gathered:
+        for copy, tensor in one.copies:
             tensor.copy_(copy)
