@@ -113,23 +113,30 @@ class Stepping:
     def _step_arrays(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
         """Do one step on the tensors of each Variable, one after the other in `arrays`."""
         unfit = self._call(arrays, sizes, settings, is_strict=False)
-        if not unfit:
-            return
-        with torch.no_grad():
-            gathered = {}
-            writes_gradients = settings.loss_scale.grad_scale is not None
-            for begin in (WIDTH * i for i in unfit):
+        if unfit:
+            with torch.no_grad():
+                self._step_gathered(arrays, sizes, settings, unfit)
+
+    def _step_gathered(
+        self, arrays: list[Tensor], sizes: list[int], settings: Settings, unfit: list[int]
+    ) -> None:
+        """Do one step where the native one does not take some variables as they are."""
+        writes_gradients = settings.loss_scale.grad_scale is not None
+        gathered: dict[int, Gathered] = {}
+        taken = list(arrays)
+        for is_strict in (False, True):  # what overlaps is found when all is dense
+            for i in unfit:
+                begin = WIDTH * i
                 arrays[begin + 1] = ready(arrays[begin + 1])  # a gradient that a collective gives
                 variable = Variable(*arrays[begin : begin + WIDTH])
-                gathered[begin] = Gathered(variable, self.name, writes_gradients)
-            if share_memory(arrays, unfit):
+                gathered[i] = Gathered(variable, self.name, writes_gradients)
+                taken[begin : begin + WIDTH] = gathered[i].variable
+            if share_memory(arrays, gathered):
                 self._step_in_turn(arrays, sizes, settings)
                 return
-            for begin, one in gathered.items():
-                arrays[begin : begin + WIDTH] = one.variable
             before = self._stepper.calls
             try:
-                self._call(arrays, sizes, settings, is_strict=True)
+                unfit = self._call(taken, sizes, settings, is_strict)
             finally:
                 if self._stepper.calls > before:  # also if an interrupt comes behind it
                     try:
@@ -137,6 +144,8 @@ class Stepping:
                     except BaseException:  # an interrupt: once more, which does no harm
                         scatter(gathered.values())
                         raise
+            if not unfit:
+                return
 
     def _step_in_turn(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""

@@ -79,7 +79,7 @@ def ready(tensor: Any) -> Any:
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
-def share_memory(arrays: list[Tensor], unfit: list[int]) -> bool:
+def share_memory(arrays: list[Tensor], unfit: Iterable[int]) -> bool:
     """Whether a variable that is gathered may share memory with what another one has.
 
     `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
