@@ -143,7 +143,9 @@ def test_closures():
     def run(kind):
         weight, bias, inputs = parameter(4, 3), parameter(4, seed=1), random(3)
         optimizer = kind([weight, bias], lr=0.05)
-        closure = loss_of(optimizer, weight, bias, inputs)
+        loss, group = loss_of(optimizer, weight, bias, inputs), optimizer.param_groups[0]
+        closure = lambda: group.update(lr=group["lr"] * 0.9) or loss()  # noqa: E731 - for this step
+
         losses = [optimizer.step(closure).item() for _ in range(20)]
         with torch.no_grad():  # the gradients of a closure are made in any mode
             losses.append(optimizer.step(closure=closure).item())
