@@ -147,3 +147,48 @@ def check_loss_scale():
 
 def test_grad_scaler():
     emulated.run(check_loss_scale)
+
+
+def check_gathered_gradients():
+    """What is unscaled in other memory comes back; a gradient that two have is read in turn."""
+    with gpu():
+        param = on_gpu(torch.ones(4, requires_grad=True))
+        optimizer = Adamax([param], lr=0.02, capturable=True)
+        param.grad = on_gpu(torch.full((8,), 8.0))[::2]
+        optimizer.grad_scale = on_gpu(torch.tensor(4.0))
+        optimizer.step()
+        assert on_host(param.grad).tolist() == [2.0] * 4
+        twins = [on_gpu(torch.ones(4, requires_grad=True)) for _ in range(2)]
+        optimizer = Adamax(twins, lr=0.02, capturable=True)
+        twins[0].grad = twins[1].grad = on_gpu(torch.full((4,), 8.0))
+        optimizer.grad_scale = on_gpu(torch.tensor(4.0))
+        log = log_of(optimizer.step)
+        assert len([line for line in log if "launch update" in line]) == 2
+        moments = [on_host(optimizer.state[twin]["exp_avg"])[0].item() for twin in twins]
+        assert moments == pytest.approx([0.2, 0.05])
+
+
+def test_gradients_that_are_gathered_or_shared_are_unscaled():
+    emulated.run(check_gathered_gradients)
+
+
+def check_mixed_devices():
+    with gpu():
+        host, device = parameters()[0], on_gpu(parameters()[1])
+        optimizer = Adamax([host, device])
+        set_gradients([host, device], 0)
+        optimizer.step()
+        before = [host.detach().clone(), on_host(device).clone()]
+        count = optimizer.state[host]["step"].clone()
+        stream = emulated.TableArray.current_stream
+        with emulated.captured(stream), pytest.raises(RuntimeError, match="captured"):
+            optimizer.step()
+        assert torch.equal(host, before[0])
+        assert torch.equal(on_host(device), before[1])
+        assert optimizer.state[host]["step"] == count
+        optimizer.step()
+        assert optimizer.state[host]["step"] == count + 1
+
+
+def test_a_refusal_of_one_device_changes_nothing_on_the_others():
+    emulated.run(check_mixed_devices)

@@ -125,16 +125,18 @@ def test_grad_scaler(capturable):
     assert optimizer.state[params_of(optimizer)[0]]["step"].item() == done
 
 
-def test_a_step_does_not_wait_for_the_gpu():
-    optimizer = Adamax(parameters("cuda"), capturable=True)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(capturable):
+    optimizer = Adamax(parameters("cuda"), capturable=capturable)
     set_gradients(params_of(optimizer), 0)
     optimizer.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda._sleep(1_000_000_000)  # clock cycles
+    is_awake = torch.cuda.Event()
+    is_awake.record()
+    optimizer.step()
+    assert not is_awake.query()
+    torch.cuda.synchronize()
 
 
 def test_a_checkpoint_moves_between_devices():
