@@ -39,8 +39,8 @@ struct VectorScalars {
         clips(clip != 1.0 || s.clip_value != __builtin_inf()) {}
 };
 
-// Magnitude below which `m`, and `u` with epsilon outside, become zero, so that a parameter whose gradient stays zero
-// never reaches subnormals, which x86 computes many times slower.
+// Magnitude below which `m`, and `u` with epsilon outside, become zero, so that a parameter whose
+// gradient stays zero never reaches subnormals, which x86 computes many times slower.
 template <class T>
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 

@@ -18,10 +18,9 @@ NEW_FLAGS = INFO.not_og_supported_flags
 every_config = pytest.mark.parametrize(
     ("kind", "config"),
     [
-        pytest.param(kind, {**config.kwargs, **flags}, id=f"{kind.__name__}, {config.desc}{flags}")
+        pytest.param(kind, config.kwargs, id=f"{kind.__name__}, {config.desc}")
         for kind in (Adamax, AdamaxW)
         for config in CONFIGS
-        for flags in ({}, {"foreach": True})
     ],
 )
 
@@ -33,4 +32,4 @@ def fresh(config):
 
 def wrong_arguments():
     errors = INFO.optim_error_inputs_func("cpu", torch.float32)
-    return [pytest.param(error, id=error.optimizer_error_input.desc, marks=()) for error in errors]
+    return [pytest.param(error, id=error.optimizer_error_input.desc) for error in errors]
