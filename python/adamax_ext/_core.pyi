@@ -66,8 +66,7 @@ class Plan:
 class Stepper:
     """Steps on variables whose state somebody else keeps, with a step count each."""
 
-    @property
-    def calls(self) -> int: ...  # of step(), that were done
+    calls: int  # of step(), that were done; read-only
     def __init__(self) -> None: ...
     def step(
         self,
