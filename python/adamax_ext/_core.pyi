@@ -66,7 +66,8 @@ class Plan:
 class Stepper:
     """Steps on variables whose state somebody else keeps, with a step count each."""
 
-    calls: int  # of step(), that were done; read-only
+    @property
+    def calls(self) -> int: ...  # of step(), that were done
     def __init__(self) -> None: ...
     def step(
         self,
