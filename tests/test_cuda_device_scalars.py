@@ -292,7 +292,7 @@ def test_refused(message):
 def check_refused_numbers():
     """Numbers of the host are checked as ever where another one lies in device memory."""
     for number, message in (
-        ({"learning_rate": -1.0, "device_step": np.zeros(1, np.float32)}, "learning_rate must be"),
+        ({"learning_rate": np.inf, "device_step": np.zeros(1, np.float32)}, "learning_rate must"),
         ({"step": 0, "device_learning_rate": np.zeros(1, np.float32)}, "step must be >= 1"),
         ({"beta_1": 1.0, "device_step": np.zeros(1, np.float32)}, "beta_1 must be"),
         ({"epsilon": 1e-60, "device_step": np.zeros(1, np.float32)}, "epsilon must be a number"),

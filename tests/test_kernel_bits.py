@@ -77,7 +77,7 @@ def check_tiny_epsilon_inside(dtype):
         u = np.array([0, np.finfo(T).tiny, reference.tiny(T) / 2, 1, 1], T)
         grad = np.array([0 if epsilon else 1, 0, 0, 0, 2 * np.finfo(T).tiny], T)
         arrays = {"param": np.ones_like(u), "grad": grad, "m": np.zeros_like(u), "u": u}
-        for step in range(1, 100):
+        for step in range(1, 100 if epsilon else 10):  # later u is 0, and torch has NaN too
             settings = {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.5, "epsilon": epsilon}
             assert_same_step(arrays, f"step {step}", step=step, epsilon_mode="inside", **settings)
         assert np.isfinite(arrays["param"]).all()
