@@ -55,9 +55,9 @@ ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRu
   const V tiny(kTiny<typename V::Scalar>);
   const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
   m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
-  u = maximum(u * s.beta_2, magnitude);
-  // With epsilon inside it falls no further than there, and a smaller one may be what divides.
-  if (epsilon == EpsilonRule::kOutside) u = zero_below(u, tiny);
+  // With epsilon inside, u falls no further than there, and a smaller one may be what divides.
+  const V quiet_norm = epsilon == EpsilonRule::kInside ? V(0) : tiny;
+  u = zero_below(maximum(u * s.beta_2, magnitude), quiet_norm);
 
   const V denominator = epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   w = w - (s.rate * m) / denominator;
