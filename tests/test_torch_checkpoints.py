@@ -1,7 +1,6 @@
 """Checkpoints between our classes and torch.optim.Adamax, and training that goes on from them."""
 
 import copy
-import io
 
 import pytest
 from support.torch_runs import (
@@ -9,11 +8,13 @@ from support.torch_runs import (
     AdamaxW,
     assert_same,
     assert_same_training,
+    clones,
     every_class,
     feed,
     gradients,
     parameter,
     states_of,
+    through_a_file,
     torch,
     train,
 )
@@ -28,17 +29,6 @@ both_ways = pytest.mark.parametrize(
 
 def parameters(dtype):
     return [parameter(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def clones(params, dtype=None):
-    return [torch.nn.Parameter(param.detach().clone().to(dtype or param.dtype)) for param in params]
 
 
 @both_ways

@@ -7,7 +7,6 @@ from support.torch_runs import (
     Adamax,
     assert_near,
     assert_same,
-    assert_same_training,
     every_class,
     feed,
     gradients,
@@ -15,6 +14,7 @@ from support.torch_runs import (
     parameter,
     params_of,
     random,
+    require_same_as_torch,
     torch,
     train,
 )
@@ -25,13 +25,6 @@ SHAPES = [(4, 3), (4,), (2, 2)]
 
 def parameters(dtype=None):
     return [parameter(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
-
-
-def require_same_as_torch(run, tolerance=TOLERANCE):
-    """`run` makes an optimizer of a class, trains, and returns it."""
-    ours, theirs = run(Adamax), run(torch.optim.Adamax)
-    assert_same_training(ours, theirs, tolerance=tolerance)
-    return ours
 
 
 def test_groups_with_settings_of_their_own():

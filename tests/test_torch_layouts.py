@@ -10,6 +10,7 @@ from support.torch_runs import (
     leaf,
     parameter,
     random,
+    require_same_as_torch,
     torch,
     train,
 )
@@ -42,13 +43,6 @@ every_grad_layout = pytest.mark.parametrize("grad_layout", LAYOUTS)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16], ids=str
 )
-
-
-def require_same_as_torch(run, tolerance=TOLERANCE):
-    """`run` makes an optimizer of a class, trains, and returns it."""
-    ours, theirs = run(Adamax), run(torch.optim.Adamax)
-    assert_same_training(ours, theirs, tolerance=tolerance)
-    return ours
 
 
 @every_layout

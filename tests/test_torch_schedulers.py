@@ -1,7 +1,6 @@
 """Schedulers, averages, loss scaling, clipping and steps in backward, beside torch's class."""
 
 import inspect
-import io
 import pickle
 
 import pytest
@@ -15,6 +14,7 @@ from support.torch_runs import (
     gradients,
     parameter,
     random,
+    through_a_file,
     torch,
     train,
 )
@@ -115,11 +115,8 @@ def test_a_schedule_goes_on_from_a_checkpoint(name):
     other_schedule = SCHEDULERS[name](second)
     for param, other in zip(params, others, strict=True):
         other.data.copy_(param.data)
-    file = io.BytesIO()
-    state = schedule_of.state_dict()
-    torch.save([first.state_dict(), state], file)
-    file.seek(0)
-    optimizer_state, schedule_state = torch.load(file, weights_only=False)
+    saved = [first.state_dict(), schedule_of.state_dict()]
+    optimizer_state, schedule_state = through_a_file(saved, weights_only=False)
     other_schedule.load_state_dict(schedule_state)
     second.load_state_dict(optimizer_state)
     for call in range(10, 20):

@@ -18,16 +18,11 @@ from support.torch_runs import (
     torch,
     train,
 )
-from support.torch_tables import every_config, fresh
+from support.torch_tables import every_config, fresh, pair
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-
-
-def pair():
-    return [parameter(2, 3, seed=1), parameter(2, seed=2)]
-
 
 # ---- Hooks of state dicts --------------------------------------------------------------------
 

@@ -6,19 +6,19 @@ deepcopy_copies_all_public_attrs. See test_torch_tables.py for the others.
 """
 
 import copy
-import io
 import pickle
 
 import pytest
 from support.torch_runs import (
     assert_same_training,
-    parameter,
+    clones,
     random,
     states_of,
+    through_a_file,
     torch,
     train,
 )
-from support.torch_tables import NEW_FLAGS, every_config, fresh
+from support.torch_tables import NEW_FLAGS, every_config, fresh, pair
 
 every_naming = pytest.mark.parametrize(
     ("is_named", "is_other_named"), [(False, False), (False, True), (True, False), (True, True)]
@@ -27,14 +27,6 @@ every_naming = pytest.mark.parametrize(
 
 def named(params, is_named):
     return [(f"name{i}", param) for i, param in enumerate(params)] if is_named else params
-
-
-def pair():
-    return [parameter(2, 3, seed=1), parameter(2, seed=2)]
-
-
-def copies_of(params):
-    return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
 def without_names(state_dict):
@@ -56,7 +48,7 @@ def test_a_state_dict_continues_elsewhere(kind, config, is_named, is_other_named
     params = pair()
     ours = kind(named(params, is_named), **fresh(config))
     train(ours, params, range(10))
-    others = copies_of(params)
+    others = clones(params)
     theirs = kind(named(others, is_other_named), **fresh(config))
     given = copy.deepcopy(ours.state_dict())
     theirs.load_state_dict(given)
@@ -93,7 +85,7 @@ def test_a_state_dict_of_an_older_torch_loads(kind, config):
     for group in older["param_groups"]:
         for flag in (*NEW_FLAGS, "decoupled_weight_decay"):
             del group[flag]
-    theirs = torch.optim.Adamax(copies_of(model.parameters()), **fresh(config))
+    theirs = torch.optim.Adamax(clones(model.parameters()), **fresh(config))
     optimizer.load_state_dict(copy.deepcopy(older))
     theirs.load_state_dict(copy.deepcopy(older))
     ours, expected = optimizer.param_groups[0], theirs.param_groups[0]
@@ -126,10 +118,8 @@ def test_what_is_saved_is_loaded(kind, config, is_named, weights_only):
     params = pair()
     optimizer = kind(named(params, is_named), **fresh(config))
     train(optimizer, params, range(3))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    assert_same_dict(torch.load(file, weights_only=weights_only), optimizer.state_dict())
+    loaded = through_a_file(optimizer.state_dict(), weights_only)
+    assert_same_dict(loaded, optimizer.state_dict())
 
 
 @every_config

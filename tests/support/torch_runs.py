@@ -1,6 +1,7 @@
 """Parameters, gradients and training for tests of `adamax_ext.torch`, and how they are compared."""
 
 import copy
+import io
 
 import pytest
 
@@ -38,6 +39,18 @@ def leaf(tensor):
         (sum((n - 1) * s for n, s in zip(spread.shape, spread.stride(), strict=True)) + 1,), (1,)
     )
     return torch.nn.Parameter(whole.clone().as_strided(spread.shape, spread.stride()))
+
+
+def clones(params, dtype=None):
+    return [torch.nn.Parameter(param.detach().clone().to(dtype or param.dtype)) for param in params]
+
+
+def through_a_file(saved, weights_only=True):
+    """What comes back from a file, which by default may hold no code."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def feed(params, grads):
@@ -113,7 +126,17 @@ def assert_same_training(ours, theirs, label="", tolerance=0.0):
     for key, tensors in pairs.items():
         largest = max(plain(t).abs().max().item() for _, t in tensors if t.numel() > 0)
         for actual, expected in tensors:
-            assert_near(actual, expected, tolerance, f"{key} {label}", largest)
+            if tolerance == 0:
+                assert_same(actual, expected, f"{key} {label}")
+            else:
+                assert_near(actual, expected, tolerance, f"{key} {label}", largest)
+
+
+def require_same_as_torch(run, tolerance=2e-7):
+    """`run` makes an optimizer of a class, trains, and returns it; ours is returned."""
+    ours, theirs = run(Adamax), run(torch.optim.Adamax)
+    assert_same_training(ours, theirs, tolerance=tolerance)
+    return ours
 
 
 class Snapshot:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from support.torch_runs import Adamax, AdamaxW, torch
+from support.torch_runs import Adamax, AdamaxW, parameter, torch
 
 # isort: split
 from torch.testing._internal.common_optimizers import optim_db
@@ -23,6 +23,11 @@ every_config = pytest.mark.parametrize(
         for config in CONFIGS
     ],
 )
+
+
+def pair():
+    """Two parameters."""
+    return [parameter(2, 3, seed=1), parameter(2, seed=2)]
 
 
 def fresh(config):
