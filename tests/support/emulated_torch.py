@@ -40,7 +40,7 @@ def on_host(tensor):
 
 
 @contextlib.contextmanager
-def gpu():
+def torch_makes_gpu_tensors():
     """Let torch make tensors on the GPU."""
     plain = torch.tensor
 
