@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from adamax_ext import _core
 
 if TYPE_CHECKING:
-    from adamax_ext.optimizer import Adamax
+    from adamax_ext.configuration import Configured
 
 # Rate, loss scale, whether the call updates, overwrites, and requires finite gradients.
 OfCall: TypeAlias = tuple[float, float, bool, bool, bool]
@@ -14,7 +14,7 @@ OfCall: TypeAlias = tuple[float, float, bool, bool, bool]
 class Native:
     """One group of the variables with weight decay, perhaps one of the others, and the call."""
 
-    def __init__(self, settings: "Adamax", number_of_groups: int) -> None:
+    def __init__(self, settings: "Configured", number_of_groups: int) -> None:
         self.groups = tuple(_core.Group() for _ in range(number_of_groups))
         for group in self.groups:
             group.beta_1, group.beta_2 = settings.beta_1, settings.beta_2
