@@ -223,3 +223,15 @@ def test_loading_again_repeats_the_training(kind):
         results.append(clones(params))
     for one, other in zip(*results, strict=True):
         assert_same(one, other)
+
+
+def test_what_is_no_tensor_is_left_to_the_step():
+    params = parameters(torch.float32)
+    optimizer = Adamax(params)
+    train(optimizer, params, range(2))
+    given = copy.deepcopy(optimizer.state_dict())
+    given["state"][0]["exp_avg"] = None
+    optimizer.load_state_dict(given)
+    feed(params, gradients(2, params))
+    with pytest.raises(RuntimeError, match="exp_avg of a state must be a tensor; received None"):
+        optimizer.step()

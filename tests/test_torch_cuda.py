@@ -44,6 +44,24 @@ def test_steps_have_the_bits_of_the_host(options, dtype, capturable):
     emulated.run(on_emulated, check_steps, options, dtype, capturable)
 
 
+def check_narrow_rate():
+    """Of a type that the kernels do not read."""
+    with torch_makes_gpu_tensors():
+        rate = torch.tensor(0.01, dtype=torch.bfloat16)
+        optimizer = Adamax(parameters(on_gpu), lr=on_gpu(rate), capturable=True)
+        reference = Adamax(parameters(), lr=rate)
+        for call in range(3):
+            set_gradients(params_of(optimizer), call, on_gpu)
+            set_gradients(params_of(reference), call)
+            optimizer.step()
+            reference.step()
+        require_same(EMULATED, optimizer, reference)
+
+
+def test_a_rate_of_another_type_on_the_gpu():
+    emulated.run(check_narrow_rate)
+
+
 def run_captured(step):
     log = log_of(step)
     assert [line.split(" on ")[0] for line in log] == ["launch groups", "launch update"]

@@ -127,6 +127,15 @@ def test_a_schedule_goes_on_from_a_checkpoint(name):
         schedule(other_schedule, call)
 
 
+def test_numbers_for_a_gpu_are_not_read_where_the_host_counts():
+    optimizer, params = make_optimizer(Adamax)
+    twin, others = make_optimizer(Adamax)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    train(optimizer, params, range(3))
+    train(twin, others, range(3))
+    assert_same_training(optimizer, twin)
+
+
 @every_class
 def test_a_scheduler_notices_that_it_is_called_before_the_step(kind):
     optimizer, params = make_optimizer(kind)

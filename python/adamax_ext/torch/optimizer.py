@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamax_ext.torch.state import as_moment, new_count
-from adamax_ext.torch.stepping import LossScale, Stepping
+from adamax_ext.torch.stepping import UNSCALED, LossScale, Stepping
 
 
 class Adamax(torch.optim.Optimizer):
@@ -135,8 +135,10 @@ class Adamax(torch.optim.Optimizer):
     def _step(self) -> None:
         if self._stepping is None:
             self._stepping = Stepping(type(self).__name__)
-        names = ("grad_scale", "found_inf") if self._step_supports_amp_scaling else ()
-        scale = LossScale(*(getattr(self, name, None) for name in names))
+        scale = UNSCALED
+        given = vars(self)  # GradScaler sets attributes for the time of one step
+        if ("grad_scale" in given or "found_inf" in given) and self._step_supports_amp_scaling:
+            scale = LossScale(given.get("grad_scale"), given.get("found_inf"))
         self._stepping.step(self.param_groups, self.state, scale)
 
     # ---- torch's GradScaler ----------------------------------------------------------------------

@@ -29,8 +29,8 @@ _CAPTURABLE_DEVICES = ["cuda"]
 class LossScale(NamedTuple):
     """What torch's GradScaler gives for one step, in the memory of a GPU."""
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def for_devices_of(self, params: Iterator[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return it for each device on which a parameter lies, if there is one."""
@@ -38,6 +38,9 @@ class LossScale(NamedTuple):
             return []
         devices = dict.fromkeys(param.device for param in params)
         return [(_on(device, self.grad_scale), _on(device, self.found_inf)) for device in devices]
+
+
+UNSCALED = LossScale(None, None)
 
 
 class Settings(NamedTuple):
