@@ -62,6 +62,30 @@ def test_a_rate_of_another_type_on_the_gpu():
     emulated.run(check_narrow_rate)
 
 
+def check_rates_in_turn():
+    """Of groups whose variables share memory with gaps, and so are stepped one by one."""
+    with torch_makes_gpu_tensors():
+        results = []
+        for place in (on_gpu, torch.clone):
+            whole = place(torch.ones(6, 2))
+            params = [whole[:, k].detach().requires_grad_() for k in (0, 0, 1)]
+            for k, param in enumerate(params):
+                param.grad = place(torch.full((6,), 1.0 + k))
+            rates = [place(torch.tensor(rate)) for rate in (0.5, 0.25)]
+            groups = [
+                {"params": params[:2], "lr": rates[0]},
+                {"params": params[2:], "lr": rates[1]},
+            ]
+            Adamax(groups, capturable=place is on_gpu).step()
+            results.append(on_host(whole))
+        assert torch.equal(*results)
+        assert results[0][0].tolist() == pytest.approx([0.0, 0.75])
+
+
+def test_every_group_has_its_rate_also_in_turn():
+    emulated.run(check_rates_in_turn)
+
+
 def run_captured(step):
     log = log_of(step)
     assert [line.split(" on ")[0] for line in log] == ["launch groups", "launch update"]

@@ -91,6 +91,20 @@ def test_zero_gradients_with_a_tiny_epsilon():
     assert (param[0] < 1).all()
 
 
+def test_a_first_step_in_turn_that_fails_leaves_no_state():
+    whole = torch.ones(6, 2)
+    twins = [torch.nn.Parameter(whole[:, 0]) for _ in range(2)]
+    groups = [{"params": twins}, {"params": [dense(1)], "lr": float("inf")}]
+    optimizer = Adamax(groups)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones(6)
+    with pytest.raises(ValueError, match="learning_rate must be finite"):
+        optimizer.step()
+    assert not optimizer.state
+    assert (whole == 1).all()
+
+
 class Interrupt(Exception):
     pass
 
