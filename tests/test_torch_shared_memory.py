@@ -64,12 +64,16 @@ def test_shared_state_is_written_in_turn(make, shares):
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("beside", [None, with_gap])
-def test_a_gradient_may_lie_across_its_parameter(twice, beside):
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_gradient_may_lie_across_its_parameter(is_ahead, twice, beside):
+    """Ahead or behind, where a loop over longer vectors would have written it before it is read."""
+
     def run(kind):
-        base = torch.randn(11, generator=generator(4))
-        params = [torch.nn.Parameter(base[:10]) for _ in range(1 + twice)]
+        base = torch.randn(201, generator=generator(4))
+        ends = base[:-1], base[1:]
+        params = [torch.nn.Parameter(ends[not is_ahead]) for _ in range(1 + twice)]
         for param in params:
-            param.grad = base[1:]
+            param.grad = ends[is_ahead]
         if beside is not None:
             params.append(beside(5))
             params[-1].grad = torch.ones(6)
@@ -78,6 +82,22 @@ def test_a_gradient_may_lie_across_its_parameter(twice, beside):
 
     for tensor, expected in zip(run(Adamax), run(torch.optim.Adamax), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_what_came_to_share_memory_before_a_step_that_failed():
+    params = [dense(seed) for seed in range(3)]
+    optimizer = Adamax(params)
+    for param in params:
+        param.grad = torch.ones(6)
+    optimizer.step()
+    first, second = (optimizer.state[param] for param in params[:2])
+    second["step"] = first["step"]
+    params[2].grad = torch.ones(6).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    params[2].grad = torch.ones(6)
+    optimizer.step()
+    assert first["step"] == 3  # each of the two has counted
 
 
 def test_zero_gradients_with_a_tiny_epsilon():

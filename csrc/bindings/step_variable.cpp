@@ -109,7 +109,6 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, Leases& leases
   import_counts(item(arrays, i, kSteps), count_label, leases, buffer);
   if (buffer.device != kHost) require_same_device(buffer, count_label, param, param_label);
   scalar_type(buffer, count_label);
-  is_where_it_was = is_where_it_was && count_dtype == buffer.dtype;
   count_device = buffer.device;
   count_dtype = buffer.dtype;
   place(count, buffer);
