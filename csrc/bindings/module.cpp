@@ -15,6 +15,7 @@
 #include "cpu/cpu_limit.hpp"
 #include "cpu/openmp.hpp"
 #include "cpu/parallel.hpp"
+#include "xla/handler.hpp"
 
 namespace adamax::bindings {
 namespace {
@@ -29,6 +30,10 @@ py::dict build_info() {
   info["openmp"] = py::bool_(cpu::loaded_openmp().parallel != nullptr);
   info["cuda_architectures"] = py::str(ADAMAX_EXT_CUDA_ARCHITECTURES).attr("split")();
   return info;
+}
+
+py::capsule handler(xla::Handler* function) {
+  return py::capsule(reinterpret_cast<void*>(function), "xla._CUSTOM_CALL_TARGET");
 }
 
 // Lets the garbage collector see the variables of a plan, which may hold the plan.
@@ -119,6 +124,13 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("global_norm", &norm_of_buffers, py::arg("buffers"));
   m.def("copy", &copy, py::arg("to"), py::arg("from_"));
   m.def("describe", &describe, py::arg("buffer"), py::arg("role"), py::arg("index"));
+  py::list storages;
+  for (const Storage& s : kStorages) {
+    storages.append(py::make_tuple(dtype_name(s.param), dtype_name(s.grad), dtype_name(s.state)));
+  }
+  m.attr("storages") = py::tuple(storages);
+  m.attr("xla_step") = handler(&xla::step_on_host);
+  m.attr("xla_refuse") = handler(&xla::refuse);
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);
   m.def("active_isa", &active_isa);

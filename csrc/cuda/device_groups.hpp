@@ -34,7 +34,9 @@ ADAMAX_HOST_DEVICE void write_number(double number, void* memory, ScalarType typ
   if (type == ScalarType::kFloat32) *static_cast<float*>(memory) = static_cast<float>(number);
   if (type == ScalarType::kFloat64) *static_cast<double*>(memory) = number;
   if (type == ScalarType::kInt32) {
-    *static_cast<std::int32_t*>(memory) = static_cast<std::int32_t>(number);
+    constexpr double kMost = 0x7fff'ffff;  // it stays there, as optax has it
+    *static_cast<std::int32_t*>(memory) =
+        static_cast<std::int32_t>(number < kMost ? number : kMost);
   }
 }
 

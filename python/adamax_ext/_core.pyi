@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 __version__: str
+storages: tuple[tuple[str, str, str], ...]  # dtypes of parameter, gradient, state
+xla_step: Any  # capsules with handlers of XLA's foreign function interface
+xla_refuse: Any
 
 class IeeeMode:
     def __init__(self) -> None: ...

@@ -1,0 +1,50 @@
+"""The native step as a target of XLA's foreign function interface, registered when first used."""
+
+import functools
+import importlib
+from importlib import metadata
+from typing import Any
+
+import jax
+from jax.extend import backend
+
+from adamax_ext import _core
+
+NAME = "adamax_ext_step"
+
+
+@functools.cache
+def register() -> None:
+    """Let the backends that run in this process call the native step.
+
+    Raises
+    ------
+    RuntimeError
+        The jaxlib that is installed does not take it.
+    """
+    # Those that run have started: one that does not take a handler says so here, and works on. What
+    # is registered earlier keeps it from starting.
+    running = backend.backends()
+    for platform, handler in (("cpu", _core.xla_step), ("cuda", _cuda()), ("rocm", None)):
+        if platform in running:
+            register_handler(platform, handler or _core.xla_refuse)
+
+
+def register_handler(platform: str, handler: Any) -> None:
+    try:
+        jax.ffi.register_ffi_target(
+            NAME, handler, platform if platform == "cpu" else platform.upper()
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"jaxlib {metadata.version('jaxlib')} does not take the native step of adamax_ext, which knows "
+            "jaxlib 0.6 to 0.10: install one of these, or a newer adamax_ext"
+        ) from error
+
+
+def _cuda() -> Any:
+    """Return the handler of the CUDA kernels, or None where this build has none."""
+    try:
+        return importlib.import_module("adamax_ext._cuda").xla_step
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,206 @@
+"""`adamax` for JAX: trees of arrays in optax's words."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+
+from adamax_ext import _core, _settings
+from adamax_ext.jax.step import Leaves, step
+
+_CHECKS: dict[str, _settings.Check] = {
+    "learning_rate": partial(_settings.real, wanted="that is finite", valid=lambda x: True),
+    "b1": partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1),
+    "b2": partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1),
+    "eps": _settings.not_negative,
+    "weight_decay": _settings.not_negative,
+}
+
+
+class AdamaxState(NamedTuple):
+    """State of `adamax`, with the names of optax's.
+
+    Attributes
+    ----------
+    count : int32 array without axes
+        Completed steps.
+    mu, nu : trees of arrays as the parameters
+        First moment and infinity norm; float32 for 16-bit parameters, else of their dtype.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+class Adamax(NamedTuple):
+    """What `adamax` returns; optax takes it where it takes a ``GradientTransformation``.
+
+    Attributes
+    ----------
+    init : callable
+        ``state = init(params)``.
+    update : callable
+        ``updates, state = update(grads, state, params)``, where `params` may be None without weight
+        decay.
+    apply : callable
+        ``params, state = apply(params, grads, state)``, the fused step: under ``jax.jit(apply,
+        donate_argnums=(0, 2))`` in place.
+    """
+
+    init: Callable[[Any], AdamaxState]
+    update: Callable[..., tuple[Any, AdamaxState]]
+    apply: Callable[[Any, Any, AdamaxState], tuple[Any, AdamaxState]]
+
+
+def adamax(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    *,
+    epsilon_mode: Literal["inside", "outside"] = "inside",
+    decay: Literal["decoupled", "l2"] = "decoupled",
+) -> Adamax:
+    """Return ``optax.adamax``, or ``optax.adamaxw``, with a fused step.
+
+    Parameters
+    ----------
+    learning_rate : float, array of one element, or callable
+        A callable is a schedule of optax: it gets the number of completed steps.
+    b1, b2 : float or array of one element, in [0, 1)
+        Decay of the first moment and of the infinity norm.
+    eps : float or array of one element, >= 0
+        Added to the size of the gradient (inside), or to the infinity norm (outside; > 0).
+    weight_decay : float or array of one element, >= 0
+        0 switches it off.
+    epsilon_mode : {"inside", "outside"}
+        ``u = max(b2 * u, abs(g) + eps)``, as optax and torch; or ``m / (u + eps)``, as Keras.
+    decay : {"decoupled", "l2"}
+        ``w -= w * learning_rate * weight_decay``, as optax; or ``g += w * weight_decay``, as torch.
+
+    Returns
+    -------
+    Adamax
+        Three functions of trees of float32, float64, float16 or bfloat16 arrays. Gradients have the
+        dtype of their parameter, or float32 for 16-bit parameters, or 16 bits for float32 ones.
+        All may be traced, sharded, and mapped by vmap (one member after the other).
+
+    Raises
+    ------
+    TypeError, ValueError
+        A setting out of range; from the functions: trees, shapes or dtypes that do not fit.
+    RuntimeError
+        From the functions: the jaxlib that is installed does not take the native step.
+
+    Notes
+    -----
+    Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The bits are those
+    of `adamax_ext.update`. A number that is an array is rounded to its dtype, and on a GPU only
+    `learning_rate` can be one. The step cannot be differentiated, nor exported by ``jax.export``.
+    """
+    for name, value, known in (
+        ("epsilon_mode", epsilon_mode, ("inside", "outside")),
+        ("decay", decay, ("decoupled", "l2")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}; received {value!r}")
+    given = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
+    if not callable(learning_rate):
+        given["learning_rate"] = learning_rate
+    settings = {name: _setting(name, value) for name, value in given.items()}
+
+    def init(params: Any) -> AdamaxState:
+        mu, nu = (jax.tree_util.tree_map_with_path(_zeros, params) for _ in range(2))
+        return AdamaxState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def apply(params: Any, grads: Any, state: AdamaxState) -> tuple[Any, AdamaxState]:
+        count = jnp.asarray(state.count)
+        now = settings
+        if callable(learning_rate):
+            rate = _setting("learning_rate", learning_rate(count))
+            now = {**settings, "learning_rate": rate}
+        paths, tree = jax.tree_util.tree_flatten_with_path(params)
+        arrays = partial(_arrays, tree, paths)
+        leaves = Leaves(
+            arrays("params", params), arrays("mu", state.mu), arrays("nu", state.nu), count
+        )
+        gradients = arrays("grads", grads)
+        for (path, _), *own in zip(paths, leaves.params, gradients, leaves.mu, strict=True):
+            _require_storage(path, *own)
+        done = step(leaves, gradients, now, epsilon_mode=epsilon_mode, decay=decay)
+        params, mu, nu = (jax.tree.unflatten(tree, kind) for kind in done[:3])
+        return params, AdamaxState(done.count, mu, nu)
+
+    def update(grads: Any, state: AdamaxState, params: Any = None) -> tuple[Any, AdamaxState]:
+        if _is_zero(settings["weight_decay"]):
+            # The step of weights that are zero is what has to be added to any.
+            zeros = jax.tree.map(jnp.zeros_like, grads if params is None else params)
+            return apply(zeros, grads, state)
+        if params is None:
+            raise ValueError("params must be given to update() with weight_decay; received None")
+        stepped, state = apply(params, grads, state)
+        return jax.tree.map(jnp.subtract, stepped, params), state
+
+    return Adamax(init, update, apply)
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Return a number as a float, which is compiled in, and an array of JAX as one without axes."""
+    if isinstance(value, jax.Array):
+        is_real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(
+            value.dtype, jnp.floating
+        )
+        if value.size != 1 or not is_real:
+            raise ValueError(f"{name} must be a real number or an array of one; received {value}")
+        return value.reshape(()).astype(jnp.promote_types(value.dtype, jnp.float32))
+    if getattr(value, "ndim", 0) and value.size == 1:
+        value = value.reshape(())
+    return _CHECKS[name](name, value)
+
+
+def _is_zero(setting: Any) -> bool:
+    return isinstance(setting, float) and setting == 0
+
+
+def _zeros(path: Any, param: Any) -> Any:
+    """Return the state of a parameter before its first step."""
+    param = jnp.asarray(param)
+    states = {p: state for p, _, state in _core.storages}
+    if param.dtype.name not in states:
+        raise TypeError(f"params{keystr(path)} has dtype {param.dtype}; expected {_one_of(states)}")
+    return jnp.zeros_like(param, dtype=states[param.dtype.name])
+
+
+def _arrays(tree: Any, paths: Any, name: str, values: Any) -> list[Any]:
+    """Return the leaves of a tree that fits to the parameters."""
+    try:
+        leaves = tree.flatten_up_to(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a tree as params; {error}") from error
+    arrays = [None if leaf is None else jnp.asarray(leaf) for leaf in leaves]
+    for (path, param), array in zip(paths, arrays, strict=True):
+        if array is None or array.shape != jnp.shape(param):
+            raise ValueError(
+                f"{name}{keystr(path)} must have the shape {jnp.shape(param)} of its parameter; "
+                f"received {None if array is None else array.shape}"
+            )
+    return arrays
+
+
+def _require_storage(path: Any, *arrays: Any) -> None:
+    """Refuse dtypes of a parameter, its gradient and its state that the native step has not."""
+    received = tuple(array.dtype.name for array in arrays)
+    if received not in _core.storages:
+        raise TypeError(
+            f"params{keystr(path)} has dtype {received[0]}, its gradient {received[1]}, its state "
+            f"{received[2]}; expected " + _one_of("/".join(storage) for storage in _core.storages)
+        )
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return " or ".join(words)
