@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adamax_ext.jax import target
 
@@ -77,9 +78,7 @@ def _step(static: Static, *operands: Any) -> Arrays:
     partitioned = custom_partitioning(partial(_call, static))
     partitioned.def_partition(
         partial(_partition, static),
-        infer_sharding_from_operands=lambda _, operands, results: [
-            operand.sharding for operand in operands[: len(results)]
-        ],
+        infer_sharding_from_operands=lambda *known: _partition(static, *known)[2],
         sharding_rule=_sharding_rule(static, operands),
     )
     # A batch at once would have one step number for all of its members.
@@ -121,13 +120,22 @@ def _sharding_rule(static: Static, operands: Arrays) -> str:
 
 
 def _partition(static: Static, mesh: Any, operands: Arrays, results: Arrays) -> Any:
-    """Choose one sharding for the arrays of each leaf, that of one that is cut."""
+    """Choose one sharding for the arrays of each leaf, that of one that is cut.
+
+    Returns the mesh, the call of a shard, and the shardings of its results and of its operands.
+    """
     n = static.leaves
-    leaves = []
-    for i in range(n):
-        arrays = (*operands[i : 3 * n : n], operands[3 * n + 1 + i], *results[i : 3 * n : n])
-        shardings = [array.sharding for array in arrays]
-        leaves.append(next((s for s in shardings if not s.is_fully_replicated), shardings[0]))
-    own = [*leaves * 3, operands[3 * n].sharding]
-    numbers = [operand.sharding for operand in operands[4 * n + 1 :]]
+    # Where a jit has no mesh, a number's own sharding is all there is.
+    whole = getattr(operands[3 * n], "sharding", None) or NamedSharding(mesh, PartitionSpec())
+
+    def sharding_of(arrays: Arrays) -> Any:
+        known = (getattr(array, "sharding", None) for array in arrays)
+        return next((s for s in known if s is not None and not s.is_fully_replicated), whole)
+
+    leaves = [
+        sharding_of((*operands[i : 3 * n : n], operands[3 * n + 1 + i], *results[i : 3 * n : n]))
+        for i in range(n)
+    ]
+    own = [*leaves * 3, whole]
+    numbers = [whole] * (len(operands) - 4 * n - 1)
     return mesh, partial(_call, static), own, (*own, *leaves, *numbers)

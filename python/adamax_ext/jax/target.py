@@ -37,8 +37,8 @@ def register_handler(platform: str, handler: Any) -> None:
         )
     except Exception as error:
         raise RuntimeError(
-            f"jaxlib {metadata.version('jaxlib')} does not take the native step of adamax_ext, which knows "
-            "jaxlib 0.6 to 0.10: install one of these, or a newer adamax_ext"
+            f"jaxlib {metadata.version('jaxlib')} does not take the native step of adamax_ext, "
+            "which knows jaxlib 0.6 to 0.10: install one of these, or a newer adamax_ext"
         ) from error
 
 
