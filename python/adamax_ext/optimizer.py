@@ -229,17 +229,9 @@ class Adamax(Configured):
             native = self._native
             if native is None:
                 native = self._native = Native(self, 1 + max(state.groups, default=0))
-            updates_done, position = divmod(calls, native.micro_batches)
-            step = updates_done + 1
-            is_update = position == native.micro_batches - 1
-            rate = rates.at(progress.learning_rate, calls) if is_update else 0.0
-            every = native.overwrite_every
-            overwrites = is_update and every is not None and step % every == 0
-            now = rate, loss_scale, is_update, overwrites, require_finite
-            if native.now != now:
-                native.set(now)
-            for group in native.groups:
-                group.step = step
+            native.prepare(
+                calls, lambda: rates.at(progress.learning_rate, calls), loss_scale, require_finite
+            )
             return state.plan.step(grads, variables, native.groups, native.call)
         except BaseException:
             if is_first and state.plan.calls == progress.calls_unbuilt:  # the step was not done

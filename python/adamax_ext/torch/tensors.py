@@ -99,7 +99,8 @@ def _storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.numel() > 0 else id(tensor)
 
 
-def _require_writable(tensor: Tensor) -> None:
+def require_writable(tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor that `copy_` cannot write."""
     axes = zip(tensor.shape, tensor.stride(), strict=True)
     if any(stride == 0 and size > 1 for size, stride in axes):
         raise RuntimeError(
@@ -129,7 +130,7 @@ class Gathered:
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
         written = [param, exp_avg, exp_inf, step] + [grad] * writes_gradient
         for tensor in written:
-            _require_writable(tensor)
+            require_writable(tensor)
         self.copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
         own_grad = grad
         if _storage_of(grad) == _storage_of(param):  # it may lie across what is written

@@ -1,0 +1,206 @@
+"""The step on Keras' torch backend: all of it in one native call, in place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from torch import Tensor
+
+from adamax_ext import _core
+from adamax_ext.keras.settings import Settings
+from adamax_ext.keras.torch_tensors import Number, Tensors
+from adamax_ext.native import Native
+
+
+class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
+    """Adamax whose step is native."""
+
+    _step: "Step | None" = None  # made by the next one, after what it depends on has changed
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Make the state of variables; see ``keras.optimizers.Adamax``."""
+        self._step = None
+        super().build(var_list)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from weight decay; see ``keras.optimizers.Adamax``."""
+        self._step = None
+        super().exclude_from_weight_decay(var_list, var_names)
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """Add state for a variable, in its memory order."""
+        variable = super().add_variable_from_reference(reference_variable, name, initializer)
+        weight, state = getattr(reference_variable, "_value", None), variable._value
+        if weight is not None and state is not None and weight.stride() != state.stride():
+            with torch.no_grad():
+                state.data = torch.empty_like(weight, dtype=state.dtype).copy_(state)
+        return variable
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Do one training step in place.
+
+        Parameters
+        ----------
+        grads : sequence of Tensor or None
+            Gradients of the variables that the optimizer was built with, or of those passed.
+        trainable_variables : sequence of keras.Variable, optional
+            All of the variables or some of them; builds the optimizer on the first call.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Gradients that do not fit to the variables, all of them None, unknown variables, a
+            setting out of range. Nothing has changed then.
+        """
+        is_stateless = in_stateless_scope() or in_symbolic_scope()
+        if is_stateless or (trainable_variables is None and not self.built) or len(grads) == 0:
+            super().apply(grads, trainable_variables)  # which also has the words for what is wrong
+            return
+        if trainable_variables is None:
+            variables = self._trainable_variables
+        else:
+            variables = list(trainable_variables)
+            if not self.built:
+                with keras.name_scope(self.name, caller=self):
+                    self.build(variables)
+            self._check_variables_are_known(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"grads must have one entry for each of the {len(variables)} variables; received "
+                f"{len(grads)}"
+            )
+        self._apply_natively(grads, variables)
+
+    # Dynamo cannot look into a native call.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _apply_natively(self, grads: Sequence[Any], variables: list[Any]) -> None:
+        if any([grad is None for grad in grads]):
+            grads, variables = self._filter_empty_gradients(grads, variables)
+        step = self._step
+        if step is None or not step.tensors.are_those_of(self):
+            step = self._step = Step(self)
+        try:
+            step.run(self, grads, variables)
+        except (TypeError, ValueError):
+            if step.tensors.have_their_layouts():
+                raise
+            self._step = Step(self)
+            self._step.run(self, grads, variables)
+        for variable in variables:
+            if variable._constraint is not None:
+                variable.assign(variable.constraint(variable))
+
+
+class Step:
+    """The native step of an optimizer, for as long as its tensors are the same."""
+
+    def __init__(self, optimizer: TorchAdamax) -> None:
+        tensors = self.tensors = Tensors(optimizer)
+        self._groups = [int(not optimizer._use_weight_decay(v)) for v in tensors.variables]
+        self._plan = _core.Plan(
+            tensors.weights,
+            [variable.path for variable in tensors.variables],
+            self._groups,
+            momentum=tensors.momentum,
+            norm=tensors.norm,
+            averages=tensors.averages,
+            accumulators=tensors.accumulators,
+        )
+        self._number = Number()
+        self._settings: Settings | None = None
+        self._native: Native
+        self._versions: list[int] | None = None  # of accumulators, which the plan does not change
+        self._find_accumulated()
+
+    def run(self, optimizer: TorchAdamax, grads: Sequence[Any], variables: list[Any]) -> None:
+        """Do one step with all that Keras does in one, apart from constraints, and count it."""
+        iterations = optimizer._iterations._value
+        calls = self._number.of(iterations)
+        undo: list[tuple[Tensor, Tensor]] = []
+        plan = self._plan
+        before = plan.calls
+        stepped = variables
+        is_done = False
+        try:
+            if any([v._overwrite_with_gradient for v in variables]):
+                undo = [(t, t.clone()) for t in _overwritten(optimizer, variables)]
+                grads, stepped = optimizer._overwrite_variables_directly_with_gradients(
+                    grads, variables
+                )
+            if stepped:
+                self._call(optimizer, calls, grads, stepped)
+            is_done = True
+        finally:
+            # Also if an interrupt comes after the native step: what it did is counted.
+            if is_done or plan.calls > before:
+                try:
+                    self._finish(iterations, calls)
+                except BaseException:  # an interrupt: once more, which does no harm
+                    self._finish(iterations, calls)
+                    raise
+            else:
+                for tensor, copy in undo:
+                    tensor.copy_(copy)
+
+    def _finish(self, iterations: Tensor, calls: int) -> None:
+        self.tensors.scatter()
+        self._number.write(iterations, calls + 1)
+
+    def _call(
+        self, optimizer: TorchAdamax, calls: int, grads: Sequence[Any], variables: list[Any]
+    ) -> None:
+        tensors, plan = self.tensors, self._plan
+        weights = tensors.weights_of(variables)
+        settings = Settings.of(optimizer)
+        if self._settings != settings:
+            self._native = Native(settings, 1 + max(self._groups, default=0))
+            self._settings = settings
+        native = self._native
+        scale = optimizer.loss_scale_factor
+        native.prepare(calls, lambda: self._rate(optimizer), 1.0 if scale is None else float(scale))
+        if len(variables) < len(tensors.variables):
+            self._find_accumulated()
+        tensors.gather()
+        try:
+            plan.step(tuple(grads), weights, native.groups, native.call)
+        except (TypeError, ValueError, BufferError):
+            grads = tuple(tensors.fitting(grads, tensors.weights if weights is None else weights))
+        else:
+            return
+        plan.step(grads, weights, native.groups, native.call)
+
+    def _rate(self, optimizer: TorchAdamax) -> float:
+        rate = optimizer._get_current_learning_rate()
+        tensor = getattr(rate, "_value", rate)
+        return float(self._number.of(tensor) if isinstance(tensor, Tensor) else tensor)
+
+    def _find_accumulated(self) -> None:
+        """Tell the plan which accumulators have gradients, where somebody else wrote them.
+
+        It matters for variables that get no gradient in an update. A frozen one is left alone.
+        """
+        accumulators = self.tensors.accumulators
+        if accumulators is None:
+            return
+        versions = [accumulator._version for accumulator in accumulators]
+        accumulated = self._plan.accumulated
+        if versions != self._versions:
+            self._versions = versions
+            accumulated = [bool(accumulator.any()) for accumulator in accumulators]
+        trainable = [variable.trainable for variable in self.tensors.variables]
+        self._plan.accumulated = [a and b for a, b in zip(accumulated, trainable, strict=True)]
+
+
+def _overwritten(optimizer: TorchAdamax, variables: list[Any]) -> list[Tensor]:
+    """Return what is written where gradients overwrite variables."""
+    chosen = [v for v in variables if v.overwrite_with_gradient]
+    if optimizer.gradient_accumulation_steps:
+        accumulators = optimizer._accumulated_gradients
+        chosen += [accumulators[optimizer._get_variable_index(v)] for v in chosen]
+    return [v._value for v in chosen]

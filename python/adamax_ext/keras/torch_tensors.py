@@ -1,0 +1,173 @@
+"""The tensors of an optimizer on Keras' torch backend, as the native step takes them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from adamax_ext.torch.tensors import require_writable
+
+# Not `value`, which can be a copy in another dtype, or of a stateless scope.
+_tensor_of = attrgetter("_value")
+_is_overwritten = attrgetter("_overwrite_with_gradient")
+
+# Pairs of parameter and gradient that the native step takes beside two of one dtype.
+_PAIRS = {
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+}
+
+
+class Number:
+    """The value of tensors of one element, read from a GPU only after they were written."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int, int, Any]] = {}  # by id of the tensor
+
+    def of(self, tensor: Tensor) -> Any:
+        """Return the number that the tensor has now."""
+        if tensor.is_cpu:
+            return tensor.item()
+        _, *place, number = self._known.get(id(tensor), (None, -1, -1, None))
+        if place != [tensor.data_ptr(), tensor._version]:
+            number = self._note(tensor, tensor.item())
+        return number
+
+    def write(self, tensor: Tensor, number: Any) -> None:
+        """Overwrite the tensor, on its device and in the order of the work there."""
+        tensor.fill_(number)
+        if not tensor.is_cpu:
+            self._note(tensor, number)
+
+    def _note(self, tensor: Tensor, number: Any) -> Any:
+        self._known[id(tensor)] = (tensor, tensor.data_ptr(), tensor._version, number)
+        return number
+
+
+class Tensors:
+    """The weights and state of an optimizer that are stepped, and what stands for some of them.
+
+    One that has gaps in memory, or state in another memory order than its weight, is copied before
+    a step and back after it.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        variables = optimizer._trainable_variables
+        self._all = variables
+        self._kinds = _kinds(optimizer)
+        self._overwritten = list(map(_is_overwritten, variables))
+        lists = [variables, optimizer._m, optimizer._u]
+        uses_averages, accumulates = self._kinds
+        lists += [optimizer._model_variables_moving_average] if uses_averages else []
+        lists += [optimizer._accumulated_gradients] if accumulates else []
+        # Keras makes no moments for variables that are to be overwritten.
+        stepped = [
+            kept
+            for kept, is_overwritten in zip(
+                zip(*lists, strict=True), self._overwritten, strict=True
+            )
+            if kept[1] is not None and not is_overwritten
+        ]
+        self.variables = [kept[0] for kept in stepped]
+        self._sources = list(chain.from_iterable(stepped))
+        self._known = list(map(_tensor_of, self._sources))
+        self._state = [t for kept in stepped for t in map(_tensor_of, kept[1:])]
+        self._addresses = _addresses(self._state)
+        self._layouts = list(map(_layout, self._known))
+        self._copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
+        dense = [self._dense(list(map(_tensor_of, kept))) for kept in stepped]
+        columns = list(zip(*dense, strict=True)) or [()] * len(lists)
+        self.weights, self.momentum, self.norm = columns[:3]
+        self.averages = columns[3] if uses_averages else None
+        self.accumulators = columns[-1] if accumulates else None
+        self._weight_of = {id(v): w for v, w in zip(self.variables, self.weights, strict=True)}
+
+    def _dense(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the weight of a variable and its state, in one dense memory order."""
+        order = torch.empty_like(tensors[0])  # as the weight, if that is dense
+        for i, tensor in enumerate(tensors):
+            if tensor.stride() != order.stride() and tensor.shape == order.shape:
+                require_writable(tensor)
+                tensors[i] = torch.empty_like(order, dtype=tensor.dtype)
+                self._copies.append((tensors[i], tensor))
+        return tensors
+
+    def are_those_of(self, optimizer: Any) -> bool:
+        """Whether the optimizer still has these tensors, in this memory.
+
+        Of weights the native step itself sees where they are.
+        """
+        return (
+            self._all is optimizer._trainable_variables
+            and self._kinds == _kinds(optimizer)
+            and self._overwritten == list(map(_is_overwritten, self._all))
+            and all(map(is_, map(_tensor_of, self._sources), self._known))
+            and _addresses(self._state) == self._addresses
+        )
+
+    def have_their_layouts(self) -> bool:
+        """Whether dtypes and memory orders are what they were."""
+        return list(map(_layout, self._known)) == self._layouts
+
+    def weights_of(self, variables: list[Any]) -> tuple[Tensor, ...] | None:
+        """Return the tensors that the native step knows variables by; None stands for all."""
+        mine = self.variables
+        if len(variables) == len(mine) and all(map(is_, variables, mine)):
+            return None
+        return tuple([self._weight_of.get(id(v), v._value) for v in variables])
+
+    def gather(self) -> None:
+        """Copy what is stepped in other memory there."""
+        for copy, tensor in self._copies:
+            copy.copy_(tensor)
+
+    def scatter(self) -> None:
+        """Copy it back."""
+        for copy, tensor in self._copies:
+            tensor.copy_(copy)
+
+    def fitting(self, grads: Sequence[Any], weights: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Return gradients as Keras reads them, in dtype and memory order of their weights."""
+        written = {_storage_of(t) for t in chain(self.weights, self._state)}
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            tensor = keras.ops.convert_to_tensor(grad)
+            if tensor.layout != torch.strided:
+                tensor = tensor.to_dense()
+            if tensor.shape != weight.shape:
+                raise ValueError(
+                    f"grads[{i}] must have the shape {tuple(weight.shape)} of its variable; "
+                    f"received {tuple(tensor.shape)}"
+                )
+            is_pair = (weight.dtype, tensor.dtype) in _PAIRS
+            dtype = tensor.dtype if is_pair else weight.dtype
+            if (
+                (tensor.dtype, tensor.device) != (dtype, weight.device)
+                or tensor.stride() != weight.stride()
+                or tensor.is_neg()
+                or _storage_of(tensor) in written
+            ):
+                tensor = torch.empty_like(weight, dtype=dtype).copy_(tensor)
+            yield tensor
+
+
+def _kinds(optimizer: Any) -> tuple[bool, bool]:
+    """Return whether there are averages and accumulators in use."""
+    return bool(optimizer.use_ema), bool(optimizer.gradient_accumulation_steps)
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
