@@ -5,8 +5,14 @@ from typing import Any
 from rows import (
     FOREACH,
     FUSED,
+    KERAS_JAX,
+    KERAS_TORCH,
+    OPTAX,
     OURS,
     OURS_CLASS,
+    OURS_JAX,
+    OURS_KERAS_JAX,
+    OURS_KERAS_TORCH,
     Rows,
     l2_mark,
     ratio_text,
@@ -103,6 +109,26 @@ def class_goals(goals: Goals) -> None:
         goals.ratio(f"{what}{when}: 400 groups, in times of one", 2.5, ratio, at_most=True)
 
 
+def elsewhere_goals(goals: Goals) -> None:
+    """Of our classes for JAX and Keras beside those whose places they take."""
+    for work, ours, peer, goal in (
+        ("plain 2^24", OURS_JAX, OPTAX, 1.3),
+        ("full 2^24", OURS_JAX, OPTAX, None),
+        ("400 x 256", OURS_JAX, OPTAX, None),
+        ("GPT-2 small", OURS_JAX, OPTAX, None),
+        ("plain 2^24", OURS_KERAS_TORCH, KERAS_TORCH, 9),
+        ("full 2^24", OURS_KERAS_TORCH, KERAS_TORCH, 12),
+        ("400 x 256", OURS_KERAS_TORCH, KERAS_TORCH, 18),
+        ("GPT-2 small", OURS_KERAS_TORCH, KERAS_TORCH, None),
+        ("plain 2^24", OURS_KERAS_JAX, KERAS_JAX, 1.3),
+        ("full 2^24", OURS_KERAS_JAX, KERAS_JAX, None),
+        ("400 x 256", OURS_KERAS_JAX, KERAS_JAX, None),
+        ("GPT-2 small", OURS_KERAS_JAX, KERAS_JAX, None),
+    ):
+        ratio = times_of(goals.rows.find(work, peer), goals.rows.find(work, ours))
+        goals.ratio(f"{ours}, {work}: times as fast as {peer}", goal, ratio)
+
+
 def cpu_goals(results: dict[str, Any]) -> str:
     goals = Goals(results)
     rows, bound, faster = goals.rows, goals.bound, goals.faster
@@ -128,6 +154,8 @@ def cpu_goals(results: dict[str, Any]) -> str:
     goals.ratio(what, 0.97, flat["ratio_to_ours"] if flat else None)
     if goals.rows.find("plain 2^24", OURS_CLASS):  # earlier runs did not have it
         class_goals(goals)
+    if goals.rows.find("plain 2^24", OURS_JAX):
+        elsewhere_goals(goals)
     for result in results["zero_gradients"]:
         ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
         what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"

@@ -7,6 +7,10 @@ import numpy as np
 
 OURS, OURS_TORCH = "adamax_ext", "adamax_ext, torch tensors"
 OURS_CLASS = "adamax_ext.torch.Adamax"
+OURS_JAX = "adamax_ext.jax.adamax, jit"
+OURS_KERAS_JAX, OURS_KERAS_TORCH = "adamax_ext.keras.Adamax, JAX", "adamax_ext.keras.Adamax, torch"
+OPTAX = "optax adamax, jit"
+KERAS_JAX, KERAS_TORCH = "Keras Adamax, JAX", "Keras Adamax, torch"
 LOOP, FOREACH = "torch Adamax, for-loop", "torch Adamax, foreach"
 FUSED = "torch AdamW, fused"
 Row = dict[str, Any]

@@ -187,7 +187,7 @@ REFUSED = [
     ({"step": 0}, {}, "step must be >= 1; received 0"),
     ({}, {"clipnorm": 0.0}, "clipnorm must be finite and > 0; received 0"),
     ({}, {"global_clipnorm": np.nan}, "global_clipnorm must be finite and > 0; received nan"),
-    ({}, {"grad_scale": np.inf}, "grad_scale must be finite; received inf"),
+    ({}, {"grad_scale": np.inf}, "grad_scale must be finite, or NaN; received inf"),
     ({}, {"micro_batches": 0}, "micro_batches must be >= 1; received 0"),
     ({}, {"micro_batches": 2}, "variables[0] must have an accumulator when gradients are accum"),
     ({}, {"accumulate_only": True}, "variables[0] must have an accumulator when gradients are"),

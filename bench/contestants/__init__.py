@@ -3,7 +3,15 @@
 from contestants.base import Contestant
 from contestants.jax_peers import KerasJax, KerasTensorflow, KerasTorch, Optax
 from contestants.numpy_formula import NumPy
-from contestants.ours import AdamaxExt, AdamaxExtClass, AdamaxExtFlat, AdamaxExtTorch
+from contestants.ours import (
+    AdamaxExt,
+    AdamaxExtClass,
+    AdamaxExtFlat,
+    AdamaxExtJax,
+    AdamaxExtKerasJax,
+    AdamaxExtKerasTorch,
+    AdamaxExtTorch,
+)
 from contestants.torch_peers import DeepSpeed, TorchAdamW, TorchCompiled, TorchForeach, TorchLoop
 
 CONTESTANTS: dict[str, type[Contestant]] = {
@@ -11,6 +19,9 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "adamax_ext, torch tensors": AdamaxExtTorch,
     "adamax_ext, one flat array": AdamaxExtFlat,
     "adamax_ext.torch.Adamax": AdamaxExtClass,
+    "adamax_ext.jax.adamax, jit": AdamaxExtJax,
+    "adamax_ext.keras.Adamax, JAX": AdamaxExtKerasJax,
+    "adamax_ext.keras.Adamax, torch": AdamaxExtKerasTorch,
     "torch Adamax, for-loop": TorchLoop,
     "torch Adamax, foreach": TorchForeach,
     "torch Adamax, compiled": TorchCompiled,

@@ -60,19 +60,12 @@ class Optax(Jax):
         import jax
         import optax
 
-        betas = {"b1": BETA_1, "b2": BETA_2, "eps": EPSILON}
-        optimizer = optax.adamax(rate, **betas)
-        if work.full:
-            optimizer = optax.chain(
-                optax.scale(1 / LOSS_SCALE),
-                optax.clip_by_global_norm(CLIP),
-                optax.adamaxw(rate, **betas, weight_decay=WEIGHT_DECAY),
-            )
+        self.full, self.rate, self.optax = work.full, rate, optax
+        optimizer = self.make_optimizer()
 
         def step(state: Any, grads: Any) -> Any:
             params, state, averages = state
-            updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = self.apply(optimizer, params, grads, state)
             if work.full:
                 averages = optax.incremental_update(params, averages, 1 - EMA)
             return params, state, averages
@@ -80,6 +73,20 @@ class Optax(Jax):
         averages = [jax.numpy.array(p) for p in params] if work.full else []
         params = [jax.numpy.array(p) for p in params]
         self.compile(step, (params, optimizer.init(params), averages))
+
+    def make_optimizer(self) -> Any:
+        optax, betas = self.optax, {"b1": BETA_1, "b2": BETA_2, "eps": EPSILON}
+        if not self.full:
+            return optax.adamax(self.rate, **betas)
+        return optax.chain(
+            optax.scale(1 / LOSS_SCALE),
+            optax.clip_by_global_norm(CLIP),
+            optax.adamaxw(self.rate, **betas, weight_decay=WEIGHT_DECAY),
+        )
+
+    def apply(self, optimizer: Any, params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return self.optax.apply_updates(params, updates), state
 
     def load(self, grads: list[Any]) -> None:
         self.grads = [self.jax.numpy.array(g) for g in grads]
@@ -93,10 +100,13 @@ class Keras(Contestant):
 
         self.keras, self.work, self.device = keras, work, device
         self.variables = [keras.Variable(p, dtype=work.dtype) for p in params]
-        self.optimizer = keras.optimizers.Adamax(
+        self.optimizer = self.optimizer_class()(
             rate, BETA_1, BETA_2, EPSILON, **(FULL_OPTIONS if work.full else {})
         )
         self.optimizer.build(self.variables)
+
+    def optimizer_class(self) -> Any:
+        return self.keras.optimizers.Adamax
 
     def load(self, grads: list[Any]) -> None:
         convert = self.keras.ops.convert_to_tensor

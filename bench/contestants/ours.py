@@ -7,7 +7,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from contestants.base import BETAS, EPSILON, FULL_OPTIONS, ITEMSIZES, RATE, Contestant, Turns, Work
+from contestants.base import (
+    BETAS,
+    CLIP,
+    EPSILON,
+    FULL_OPTIONS,
+    ITEMSIZES,
+    LOSS_SCALE,
+    RATE,
+    WEIGHT_DECAY,
+    Contestant,
+    Turns,
+    Work,
+)
+from contestants.jax_peers import KerasJax, KerasTorch, Optax
 from contestants.torch_peers import Torch, backward, tensor, wait
 
 STATE_BYTES = {**dict.fromkeys(ITEMSIZES, 4), "float64": 8}
@@ -170,6 +183,50 @@ class AdamaxExtClass(Torch):
 
     def state_bytes(self, work: Work) -> int:
         return STATE_BYTES[work.dtype]
+
+
+class AdamaxExtJax(Optax):
+    """`adamax_ext.jax.adamax` where `optax.adamax` stands, with its fused step."""
+
+    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "optax", "jax", "jaxlib")
+
+    def make_optimizer(self) -> Any:
+        from adamax_ext.jax import adamax
+
+        return adamax(self.rate, *BETAS, EPSILON, WEIGHT_DECAY if self.full else 0.0)
+
+    def apply(self, optimizer: Any, params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        scale = 1.0
+        if self.full:
+            norm = self.optax.global_norm(grads)
+            scale = self.jax.numpy.maximum(norm / CLIP, LOSS_SCALE)
+        done: tuple[Any, Any] = optimizer.apply(params, grads, state, scale)
+        return done
+
+    def state_bytes(self, work: Work) -> int:
+        return STATE_BYTES[work.dtype]
+
+
+class AdamaxExtKerasTorch(KerasTorch):
+    """`adamax_ext.keras.Adamax` where Keras' users write `keras.optimizers.Adamax`."""
+
+    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "keras", "torch")
+
+    def optimizer_class(self) -> Any:
+        from adamax_ext.keras import Adamax
+
+        return Adamax
+
+    def state_bytes(self, work: Work) -> int:
+        return STATE_BYTES[work.dtype]
+
+
+class AdamaxExtKerasJax(KerasJax):
+    """The same on Keras' JAX backend."""
+
+    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "keras", "jax", "jaxlib")
+    optimizer_class = AdamaxExtKerasTorch.optimizer_class
+    state_bytes = AdamaxExtKerasTorch.state_bytes
 
 
 def device_bounds(work: Work, device: str) -> Turns:

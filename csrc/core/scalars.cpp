@@ -52,7 +52,7 @@ void check_group(const Group& g, const Call& call) {
 }
 
 void check_call(const Call& call) {
-  require(std::isfinite(call.grad_scale), "grad_scale", "finite", call.grad_scale);
+  require(!std::isinf(call.grad_scale), "grad_scale", "finite, or NaN", call.grad_scale);
   if (call.clip.rule != ClipRule::kNone) {
     require_positive(call.clip.rule == ClipRule::kNorm ? "clipnorm" : "global_clipnorm",
                      call.clip.limit);

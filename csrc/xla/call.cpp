@@ -1,20 +1,30 @@
 // Reads a call of XLA, and checks what Python has promised of it.
 #include "xla/call.hpp"
 
+#include <algorithm>
+#include <initializer_list>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
 
 namespace adamax::xla {
 namespace {
 
-constexpr StepCall::Setting kSettings[] = {{"learning_rate", &Group::learning_rate, nullptr},
-                                           {"b1", &Group::beta_1, nullptr},
-                                           {"b2", &Group::beta_2, nullptr},
-                                           {"eps", &Group::epsilon, nullptr},
-                                           {"weight_decay", &Group::weight_decay, nullptr}};
+template <double Group::* member>
+double& of_group(StepCall& call) {
+  return call.group.*member;
+}
+
+constexpr StepCall::Setting kSettings[] = {
+    {"learning_rate", &of_group<&Group::learning_rate>, nullptr},
+    {"b1", &of_group<&Group::beta_1>, nullptr},
+    {"b2", &of_group<&Group::beta_2>, nullptr},
+    {"eps", &of_group<&Group::epsilon>, nullptr},
+    {"weight_decay", &of_group<&Group::weight_decay>, nullptr},
+    {"loss_scale", [](StepCall& call) -> double& { return call.loss_scale; }, nullptr},
+};
 
 DType dtype_of(const Buffer& buffer, const std::string& label) {
   switch (buffer.dtype) {
@@ -54,6 +64,15 @@ const void* find(const Attributes& attributes, std::string_view name, AttributeT
   return nullptr;
 }
 
+template <class T>
+std::optional<T> find_number(const Attributes& attributes, std::string_view name, DataType type) {
+  const void* const found = find(attributes, name, AttributeType::kScalar);
+  if (found == nullptr) return std::nullopt;
+  const Scalar& scalar = *static_cast<const Scalar*>(found);
+  require(scalar.dtype == type, std::string(name) + " is a number of another type");
+  return *static_cast<const T*>(scalar.value);
+}
+
 template <class Rule>
 Rule read_rule(const Attributes& attributes, const char* name, std::string_view first, Rule rule,
                std::string_view second, Rule other) {
@@ -67,34 +86,24 @@ Rule read_rule(const Attributes& attributes, const char* name, std::string_view 
                               std::string(first) + " or " + std::string(second));
 }
 
-}  // namespace
+// How many buffers there are, and of which arrays.
+struct Shape {
+  std::int64_t kinds;  // of arrays that are overwritten
+  std::int64_t leaves, gradients;
 
-StepCall read_call(const CallFrame& frame) {
-  StepCall call;
-  Group& group = call.group;
-  const Attributes& attributes = frame.attributes;
-  group.decay =
-      read_rule(attributes, "decay", "decoupled", DecayRule::kDecoupled, "l2", DecayRule::kL2);
-  group.epsilon_rule = read_rule(attributes, "epsilon_mode", "inside", EpsilonRule::kInside,
-                                 "outside", EpsilonRule::kOutside);
-  for (const StepCall::Setting& setting : kSettings) {
-    if (const void* const found = find(attributes, setting.name, AttributeType::kScalar)) {
-      const Scalar& scalar = *static_cast<const Scalar*>(found);
-      require(scalar.dtype == DataType::kFloat64, std::string(setting.name) + " is no float64");
-      group.*setting.member = *static_cast<const double*>(scalar.value);
-    } else {
-      call.arrays.push_back(setting);
-    }
-  }
+  std::int64_t count() const { return kinds * leaves; }
+  std::int64_t first_setting() const { return count() + 1 + gradients; }
+};
 
+// Throws unless results lie where their arguments are.
+Shape read_shape(const CallFrame& frame, std::int64_t kinds, std::int64_t settings) {
   const Buffers& arguments = frame.arguments;
   const Buffers& results = frame.results;
-  const std::int64_t n = (results.size - 1) / 3;
-  const std::int64_t settings = arguments.size - (4 * n + 1);
-  require(results.size == 3 * n + 1 && settings == std::ssize(call.arrays),
-          "a step has 3 n + 1 results, and 4 n + 1 arguments beside its settings; received " +
-              std::to_string(results.size) + " and " + std::to_string(arguments.size) + " with " +
-              std::to_string(call.arrays.size()) + " settings");
+  const Shape shape{kinds, results.size / kinds, arguments.size - results.size - 1 - settings};
+  require(results.size == shape.count() && 0 <= shape.gradients && shape.gradients <= shape.leaves,
+          std::to_string(kinds) + " kinds of arrays and " + std::to_string(settings) +
+              " settings do not make " + std::to_string(results.size) + " results and " +
+              std::to_string(arguments.size) + " arguments");
   for (std::int64_t i = 0; i < arguments.size; ++i) {
     require(arguments.types[i] == ArgumentType::kBuffer, "an argument is no buffer");
     if (i >= results.size) continue;
@@ -103,44 +112,94 @@ StepCall read_call(const CallFrame& frame) {
                 size_of(*arguments.buffers[i]) == 0,
             "result " + std::to_string(i) + " does not lie where its argument is");
   }
+  return shape;
+}
 
-  for (std::int64_t i = 0; i < n; ++i) {
-    const auto label = [i](const char* role) { return role + ("[" + std::to_string(i) + "]"); };
-    const Buffer& param = *arguments.buffers[i];
-    const Buffer& momentum = *arguments.buffers[n + i];
-    const Buffer& norm = *arguments.buffers[2 * n + i];
-    const Buffer& grad = *arguments.buffers[3 * n + 1 + i];
-    const std::int64_t size = size_of(param);
-    for (const auto& [role, buffer] :
-         {std::pair{"mu", &momentum}, std::pair{"nu", &norm}, std::pair{"grads", &grad}}) {
-      require(size_of(*buffer) == size, label(role) + " has " + std::to_string(size_of(*buffer)) +
-                                            " elements; expected " + std::to_string(size) +
-                                            " as its parameter");
-    }
-    const DType state = dtype_of(momentum, label("mu"));
-    require(dtype_of(norm, label("nu")) == state, label("nu") + " has another type than mu");
-    if (size == 0) continue;
-    call.variables.push_back(
-        {{param.data, grad.data, momentum.data, norm.data},
-         size,
-         {dtype_of(param, label("params")), dtype_of(grad, label("grads")), state}});
+Variable read_variable(const Buffers& arguments, const Shape& shape, std::int64_t i) {
+  const Buffer& param = *arguments.buffers[i];
+  const std::int64_t size = size_of(param);
+  const auto label = [i](const char* role) { return role + ("[" + std::to_string(i) + "]"); };
+  const auto checked = [&](const char* role, std::int64_t at) -> const Buffer& {
+    const Buffer& buffer = *arguments.buffers[at];
+    require(size_of(buffer) == size, label(role) + " has " + std::to_string(size_of(buffer)) +
+                                         " elements; expected " + std::to_string(size) +
+                                         " as its parameter");
+    return buffer;
+  };
+  const Buffer& momentum = checked("mu", shape.leaves + i);
+  const Buffer& norm = checked("nu", 2 * shape.leaves + i);
+  const DType dtype = dtype_of(param, label("params")), state = dtype_of(momentum, label("mu"));
+  require(dtype_of(norm, label("nu")) == state, label("nu") + " has another type than mu");
+  Variable variable{{param.data, nullptr, momentum.data, norm.data}, size, {dtype, dtype, state}};
+  if (i < shape.gradients) {
+    const Buffer& grad = checked("grads", shape.count() + 1 + i);
+    variable.memory.grad = grad.data;
+    variable.storage.grad = dtype_of(grad, label("grads"));
   }
+  if (shape.kinds == 4) {
+    const Buffer& average = checked("averages", 3 * shape.leaves + i);
+    require(dtype_of(average, label("averages")) == state,
+            label("averages") + " has another type than mu");
+    variable.memory.average = average.data;
+  }
+  return variable;
+}
 
-  call.count = arguments.buffers[3 * n];
-  require(call.count->dtype == DataType::kInt32 && size_of(*call.count) == 1,
-          "count must be one int32; received " + std::to_string(size_of(*call.count)) +
-              " elements of XLA's type " + std::to_string(static_cast<int>(call.count->dtype)));
-  for (std::size_t k = 0; k < call.arrays.size(); ++k) {
-    StepCall::Setting& setting = call.arrays[k];
-    setting.value = arguments.buffers[4 * n + 1 + static_cast<std::int64_t>(k)];
-    const bool is_known =
-        setting.value->dtype == DataType::kFloat32 || setting.value->dtype == DataType::kFloat64;
-    require(is_known && size_of(*setting.value) == 1,
-            std::string(setting.name) + " must be one float32 or float64; received " +
-                std::to_string(size_of(*setting.value)) + " elements of XLA's type " +
-                std::to_string(static_cast<int>(setting.value->dtype)));
+const Buffer& read_scalar(const Buffers& arguments, std::int64_t at, const char* name,
+                          std::initializer_list<DataType> types) {
+  const Buffer& buffer = *arguments.buffers[at];
+  require(size_of(buffer) == 1 && std::ranges::find(types, buffer.dtype) != types.end(),
+          std::string(name) + " must be one number, an int32 if it counts and else a float32 or " +
+              "float64; received " + std::to_string(size_of(buffer)) + " elements of XLA's type " +
+              std::to_string(static_cast<int>(buffer.dtype)));
+  return buffer;
+}
+
+}  // namespace
+
+StepCall read_call(const CallFrame& frame) {
+  const Attributes& attributes = frame.attributes;
+  const auto number = [&attributes](const char* name) {
+    return find_number<double>(attributes, name, DataType::kFloat64);
+  };
+  StepCall call;
+  Group& group = call.group;
+  group.decay =
+      read_rule(attributes, "decay", "decoupled", DecayRule::kDecoupled, "l2", DecayRule::kL2);
+  group.epsilon_rule = read_rule(attributes, "epsilon_mode", "inside", EpsilonRule::kInside,
+                                 "outside", EpsilonRule::kOutside);
+  for (const StepCall::Setting& setting : kSettings) {
+    const std::optional<double> known = number(setting.name);
+    known ? void(setting.of(call) = *known) : call.arrays.push_back(setting);
+  }
+  group.clipvalue = number("clipvalue");
+  const std::optional<double> ema_momentum = number("ema_momentum");
+  group.ema_momentum = ema_momentum.value_or(0.0);
+
+  const Buffers& arguments = frame.arguments;
+  const Shape shape = read_shape(frame, ema_momentum ? 4 : 3, std::ssize(call.arrays));
+  const std::int64_t decayed =
+      find_number<std::int64_t>(attributes, "decayed", DataType::kInt64).value_or(shape.leaves);
+  call.all_decay = decayed >= shape.leaves;
+  for (std::int64_t i = 0; i < shape.leaves; ++i) {
+    Variable variable = read_variable(arguments, shape, i);
+    if (variable.size == 0) continue;
+    variable.group = i < decayed ? 0 : 1;
+    call.variables.push_back(variable);
+  }
+  call.count = &read_scalar(arguments, shape.count(), "count", {DataType::kInt32});
+  std::int64_t at = shape.first_setting();
+  for (StepCall::Setting& setting : call.arrays) {
+    setting.value =
+        &read_scalar(arguments, at++, setting.name, {DataType::kFloat32, DataType::kFloat64});
   }
   return call;
+}
+
+std::vector<Group> StepCall::groups() const {
+  std::vector<Group> groups(all_decay ? 1 : 2, group);
+  if (!all_decay) groups[1].weight_decay = 0;
+  return groups;
 }
 
 }  // namespace adamax::xla

@@ -1,7 +1,6 @@
 // A call of XLA as a call of adamax: what the buffers and attributes of a step mean.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
 #include "adamax/adamax.hpp"
@@ -9,26 +8,32 @@
 
 namespace adamax::xla {
 
-// Arguments are the parameters, the first moments, the infinity norms, the number of completed
-// steps (int32), the gradients, and settings that are arrays. Results are all but the last two, at
+// Arguments are the parameters, the first moments, the infinity norms and, with `ema_momentum`, the
+// averages of the weights; the number of completed steps (int32); the gradients, of the first
+// parameters or of all; and settings that are arrays. Results are the arrays before the number, at
 // the same places in memory.
 //
-// Attributes are `decay` and `epsilon_mode`, and those of the settings `learning_rate`, `b1`, `b2`,
-// `eps` and `weight_decay` that are numbers; the others are the last arguments, in this order.
+// Attributes are `decay` and `epsilon_mode`; how many parameters, the first ones, have `decayed`
+// weights; those of `learning_rate`, `b1`, `b2`, `eps`, `weight_decay` and `loss_scale` that are
+// numbers (the others are the last arguments, in this order); and perhaps `clipvalue` and
+// `ema_momentum`.
 struct StepCall {
   std::vector<Variable> variables;  // that have elements
-  Group group;                      // without the step number and settings that are arrays
+  Group group;                      // without what lies in buffers
+  bool all_decay;                   // else there is a second group, without weight decay
+  double loss_scale;                // divides the gradients
   const Buffer* count;
-  // The settings that are arrays, each with its name; their values may lie on a device.
   struct Setting {
     const char* name;
-    double Group::* member;
+    double& (*of)(StepCall&);
     const Buffer* value;
   };
-  std::vector<Setting> arrays;
+  std::vector<Setting> arrays;  // their values may lie on a device
+
+  std::vector<Group> groups() const;
 };
 
-// Throws std::invalid_argument if a buffer is not as it has to be. Reads no buffer.
+// Throws std::invalid_argument if something is not as it has to be. Reads no buffer.
 StepCall read_call(const CallFrame& frame);
 
 }  // namespace adamax::xla

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <string_view>
+#include <vector>
 
 #include "adamax/cuda.hpp"
 #include "xla/handler.hpp"
@@ -63,20 +63,29 @@ void step_there(const CallFrame& frame) {
   DeviceScalars& device = call.group.device;
   device.step = call.count->data;
   device.step_type = ScalarType::kInt32;
+  device.raises_step = false;  // JAX does
+  Call settings{.grad_scale = 1.0 / call.loss_scale};
   for (const StepCall::Setting& setting : call.arrays) {
-    if (setting.member != &Group::learning_rate) {
+    const Buffer& value = *setting.value;
+    const bool is_float32 = value.dtype == DataType::kFloat32;
+    double& number = setting.of(call);
+    if (&number == &call.group.learning_rate) {
+      device.learning_rate = value.data;
+      device.learning_rate_type = is_float32 ? ScalarType::kFloat32 : ScalarType::kFloat64;
+    } else if (&number == &call.loss_scale && is_float32) {
+      settings.grad_scale = 1.0;
+      settings.device.scale = static_cast<const float*>(value.data);
+    } else {
       throw std::invalid_argument(std::string(setting.name) +
-                                  " is an array; on a GPU only learning_rate can be one: name the "
-                                  "others in static_args of inject_hyperparams");
+                                  " is an array; on a GPU only learning_rate and loss_scale "
+                                  "(float32) can be one: name the others in static_args of "
+                                  "inject_hyperparams");
     }
-    device.learning_rate = setting.value->data;
-    device.learning_rate_type =
-        setting.value->dtype == DataType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
   }
   const cuda::Stream stream = stream_of(frame);
-  const Group groups[] = {call.group};
-  const Scratch scratch(frame, cuda::scratch_bytes(call.variables, groups));
-  cuda::step(stream, scratch.data(), call.variables, groups);
+  const std::vector<Group> groups = call.groups();
+  const Scratch scratch(frame, cuda::scratch_bytes(call.variables, groups, settings));
+  cuda::step(stream, scratch.data(), call.variables, groups, settings);
 }
 
 }  // namespace

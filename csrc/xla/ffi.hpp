@@ -109,6 +109,7 @@ struct Api {
 
 enum class DataType : int {
   kInt32 = 4,
+  kInt64 = 5,
   kFloat16 = 10,
   kFloat32 = 11,
   kFloat64 = 12,

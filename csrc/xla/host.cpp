@@ -1,6 +1,5 @@
 // The handler for XLA's CPU backend.
 #include <cstdint>
-#include <limits>
 
 #include "adamax/adamax.hpp"
 #include "xla/handler.hpp"
@@ -16,13 +15,10 @@ double number_at(const Buffer& buffer) {
 void step_here(const CallFrame& frame) {
   StepCall call = read_call(frame);
   for (const StepCall::Setting& setting : call.arrays) {
-    call.group.*setting.member = number_at(*setting.value);
+    setting.of(call) = number_at(*setting.value);
   }
-  std::int32_t& count = *static_cast<std::int32_t*>(call.count->data);
-  call.group.step = std::int64_t{count} + 1;
-  step(call.variables, call.group);
-  // It stays at the largest number, as optax has it.
-  if (count < std::numeric_limits<std::int32_t>::max()) ++count;
+  call.group.step = std::int64_t{*static_cast<const std::int32_t*>(call.count->data)} + 1;
+  step(call.variables, call.groups(), {.grad_scale = 1.0 / call.loss_scale});
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ def update(
     group.epsilon_mode = epsilon_mode
     group.clipvalue = None if clipvalue is None else _settings.number("clipvalue", clipvalue)
     group.ema_momentum = _settings.number("ema_momentum", ema_momentum)
-    scale = _settings.number("grad_scale", grad_scale)
+    scale = _settings.real("grad_scale", grad_scale, "that is finite", lambda x: True)
     _core.update(param, grad, m, u, average=average, group=group, grad_scale=scale)
 
 

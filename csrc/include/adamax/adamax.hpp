@@ -58,7 +58,7 @@ enum class Phase : std::uint8_t {
 
 // What one call does with all variables.
 struct Call {
-  double grad_scale = 1.0;  // multiplies every gradient
+  double grad_scale = 1.0;  // multiplies every gradient; NaN makes all weights NaN
   Clip clip = {};           // not together with a group's clipvalue
   std::int64_t micro_batches = 1;
   Phase phase = Phase::kUpdate;

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,12 +15,12 @@ from adamax_ext.jax import target
 
 Arrays: TypeAlias = Sequence[Any]
 
-# In the order in which the native step expects those that are arrays.
-SETTINGS = ("learning_rate", "b1", "b2", "eps", "weight_decay")
+# That can be arrays: in the order in which the native step expects them.
+SETTINGS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "loss_scale")
 
 
 class Leaves(NamedTuple):
-    """What a step overwrites: an array of each kind for each leaf, and one number.
+    """What a step overwrites: an array of each kind for each leaf.
 
     As long as they go in and come out in this order, JAX pairs donated arrays with results.
     """
@@ -27,32 +28,34 @@ class Leaves(NamedTuple):
     params: Arrays
     mu: Arrays
     nu: Arrays
-    count: Any  # of completed steps, int32
+    averages: Arrays = ()  # of the weights, where they are kept
 
 
 class Static(NamedTuple):
     """What a compiled step has built in."""
 
+    kinds: int  # of arrays
     leaves: int
-    numbers: tuple[tuple[str, float], ...]  # the settings that are no arrays
-    epsilon_mode: str
-    decay: str
+    gradients: int
+    attributes: tuple[tuple[str, Any], ...]
 
 
-def step(
-    leaves: Leaves, grads: Arrays, settings: dict[str, Any], *, epsilon_mode: str, decay: str
-) -> Leaves:
+def step(leaves: Leaves, grads: Arrays, count: Any, settings: dict[str, Any]) -> Leaves:
     """Return what `leaves` are after a step.
 
     Parameters
     ----------
     leaves : Leaves
     grads : sequence of arrays
-        Each with the shape of its parameter, and a dtype for it among ``_core.storages``.
+        Those of the first parameters or of all, each with the shape of its parameter and a dtype
+        for it among ``_core.storages``. The others are not stepped, but averaged.
+    count : int32 array without axes
+        Completed steps.
     settings : dict
-        For each of `SETTINGS` a float, or a float32 or float64 array without axes.
-    epsilon_mode, decay : str
-        As in `adamax_ext.update`.
+        For each of `SETTINGS` a float, or a float32 or float64 array without axes. The words
+        `epsilon_mode` and `decay` as in `adamax_ext.update`. Perhaps the floats `clipvalue` and,
+        with averages, `ema_momentum`, and the int `decayed`: the number of parameters, the first
+        ones, to which `weight_decay` applies.
 
     Raises
     ------
@@ -60,16 +63,15 @@ def step(
         The jaxlib that is installed does not take the native step.
     """
     target.register()
+    kinds = [kind for kind in leaves if len(kind) > 0]
+    if not kinds:
+        return leaves
+    arrays = [settings[name] for name in SETTINGS if isinstance(settings[name], jax.Array)]
+    numbers = {name: x for name, x in settings.items() if not isinstance(x, jax.Array)}
     n = len(leaves.params)
-    numbers = tuple((name, x) for name, x in settings.items() if isinstance(x, float))
-    arrays = [settings[name] for name in SETTINGS if name not in dict(numbers)]
-    results = _step(
-        Static(n, numbers, epsilon_mode, decay),
-        *(*leaves.params, *leaves.mu, *leaves.nu, leaves.count),
-        *grads,
-        *arrays,
-    )
-    return Leaves(results[:n], results[n : 2 * n], results[2 * n : 3 * n], results[3 * n])
+    static = Static(len(kinds), n, len(grads), tuple(numbers.items()))
+    results = _step(static, *chain.from_iterable(kinds), count, *grads, *arrays)
+    return Leaves(*(results[i : i + n] for i in range(0, len(results), n)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -95,14 +97,12 @@ def _refuse(static: Static, primals: Arrays, tangents: Arrays) -> Any:
 
 
 def _call(static: Static, *operands: Any) -> Arrays:
-    results = [jax.typeof(operand) for operand in operands[: 3 * static.leaves + 1]]
+    results = [jax.typeof(operand) for operand in operands[: static.kinds * static.leaves]]
     in_place = {i: i for i in range(len(results))}
-    return jax.ffi.ffi_call(target.NAME, results, input_output_aliases=in_place)(
-        *operands,
-        **{name: np.float64(number) for name, number in static.numbers},
-        epsilon_mode=static.epsilon_mode,
-        decay=static.decay,
-    )
+    as_attribute = {float: np.float64, int: np.int64, str: str}
+    attributes = {name: as_attribute[type(x)](x) for name, x in static.attributes}
+    call = jax.ffi.ffi_call(target.NAME, results, input_output_aliases=in_place)
+    return call(*operands, **attributes)
 
 
 # ---- How XLA may cut arrays into shards ----------------------------------------------------------
@@ -114,9 +114,10 @@ def _sharding_rule(static: Static, operands: Arrays) -> str:
         " ".join(f"l{i}_{axis}" for axis in range(param.ndim))
         for i, param in enumerate(operands[: static.leaves])
     ]
-    results = [*leaves * 3, ""]
-    numbers = [""] * (len(operands) - len(results) - len(leaves))
-    return ", ".join([*results, *leaves, *numbers]) + " -> " + ", ".join(results)
+    results = leaves * static.kinds
+    gradients = leaves[: static.gradients]
+    settings = [""] * (len(operands) - len(results) - 1 - len(gradients))
+    return ", ".join([*results, "", *gradients, *settings]) + " -> " + ", ".join(results)
 
 
 def _partition(static: Static, mesh: Any, operands: Arrays, results: Arrays) -> Any:
@@ -124,18 +125,19 @@ def _partition(static: Static, mesh: Any, operands: Arrays, results: Arrays) -> 
 
     Returns the mesh, the call of a shard, and the shardings of its results and of its operands.
     """
-    n = static.leaves
+    n, places = static.leaves, static.kinds * static.leaves
     # Where a jit has no mesh, a number's own sharding is all there is.
-    whole = getattr(operands[3 * n], "sharding", None) or NamedSharding(mesh, PartitionSpec())
+    whole = getattr(operands[places], "sharding", None) or NamedSharding(mesh, PartitionSpec())
 
     def sharding_of(arrays: Arrays) -> Any:
         known = (getattr(array, "sharding", None) for array in arrays)
         return next((s for s in known if s is not None and not s.is_fully_replicated), whole)
 
+    gradients = operands[places + 1 : places + 1 + static.gradients]
     leaves = [
-        sharding_of((*operands[i : 3 * n : n], operands[3 * n + 1 + i], *results[i : 3 * n : n]))
+        sharding_of((*operands[i:places:n], *gradients[i : i + 1], *results[i:places:n]))
         for i in range(n)
     ]
-    own = [*leaves * 3, whole]
-    numbers = [whole] * (len(operands) - 4 * n - 1)
-    return mesh, partial(_call, static), own, (*own, *leaves, *numbers)
+    own = leaves * static.kinds
+    settings = [whole] * (len(operands) - places - 1 - len(gradients))
+    return mesh, partial(_call, static), own, (*own, whole, *leaves[: len(gradients)], *settings)

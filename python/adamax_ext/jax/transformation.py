@@ -17,6 +17,7 @@ _CHECKS: dict[str, _settings.Check] = {
     "b2": partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1),
     "eps": _settings.not_negative,
     "weight_decay": _settings.not_negative,
+    "loss_scale": _settings.positive,
 }
 
 
@@ -47,13 +48,15 @@ class Adamax(NamedTuple):
         ``updates, state = update(grads, state, params)``, where `params` may be None without weight
         decay.
     apply : callable
-        ``params, state = apply(params, grads, state)``, the fused step: under ``jax.jit(apply,
-        donate_argnums=(0, 2))`` in place.
+        ``params, state = apply(params, grads, state, loss_scale=1.0)``, the fused step: under
+        ``jax.jit(apply, donate_argnums=(0, 2))`` in place. `loss_scale`, a number or an array of
+        one, divides the gradients: that of the loss, or ``maximum(norm / limit, 1)`` to clip by a
+        norm. One that is not finite makes all weights NaN.
     """
 
     init: Callable[[Any], AdamaxState]
     update: Callable[..., tuple[Any, AdamaxState]]
-    apply: Callable[[Any, Any, AdamaxState], tuple[Any, AdamaxState]]
+    apply: Callable[..., tuple[Any, AdamaxState]]
 
 
 def adamax(
@@ -113,28 +116,29 @@ def adamax(
     if not callable(learning_rate):
         given["learning_rate"] = learning_rate
     settings = {name: _setting(name, value) for name, value in given.items()}
+    settings |= {"epsilon_mode": epsilon_mode, "decay": decay}
 
     def init(params: Any) -> AdamaxState:
         mu, nu = (jax.tree_util.tree_map_with_path(_zeros, params) for _ in range(2))
         return AdamaxState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def apply(params: Any, grads: Any, state: AdamaxState) -> tuple[Any, AdamaxState]:
+    def apply(
+        params: Any, grads: Any, state: AdamaxState, loss_scale: Any = 1.0
+    ) -> tuple[Any, AdamaxState]:
         count = jnp.asarray(state.count)
-        now = settings
+        now = {**settings, "loss_scale": _setting("loss_scale", loss_scale)}
         if callable(learning_rate):
-            rate = _setting("learning_rate", learning_rate(count))
-            now = {**settings, "learning_rate": rate}
+            now["learning_rate"] = _setting("learning_rate", learning_rate(count))
         paths, tree = jax.tree_util.tree_flatten_with_path(params)
         arrays = partial(_arrays, tree, paths)
-        leaves = Leaves(
-            arrays("params", params), arrays("mu", state.mu), arrays("nu", state.nu), count
-        )
+        leaves = Leaves(arrays("params", params), arrays("mu", state.mu), arrays("nu", state.nu))
         gradients = arrays("grads", grads)
         for (path, _), *own in zip(paths, leaves.params, gradients, leaves.mu, strict=True):
             _require_storage(path, *own)
-        done = step(leaves, gradients, now, epsilon_mode=epsilon_mode, decay=decay)
+        done = step(leaves, gradients, count, now)
         params, mu, nu = (jax.tree.unflatten(tree, kind) for kind in done[:3])
-        return params, AdamaxState(done.count, mu, nu)
+        # As optax's, it stays at the largest number.
+        return params, AdamaxState(count + (count < jnp.iinfo(jnp.int32).max), mu, nu)
 
     def update(grads: Any, state: AdamaxState, params: Any = None) -> tuple[Any, AdamaxState]:
         if _is_zero(settings["weight_decay"]):
@@ -157,7 +161,10 @@ def _setting(name: str, value: Any) -> Any:
         )
         if value.size != 1 or not is_real:
             raise ValueError(f"{name} must be a real number or an array of one; received {value}")
-        return value.reshape(()).astype(jnp.promote_types(value.dtype, jnp.float32))
+        value = value.reshape(())
+        if name == "loss_scale":  # an infinite one would hide what is not finite
+            return jnp.where(jnp.isfinite(value), value, jnp.nan).astype(jnp.float32)
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
     if getattr(value, "ndim", 0) and value.size == 1:
         value = value.reshape(())
     return _CHECKS[name](name, value)
