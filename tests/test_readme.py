@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from adamax_ext import Adamax
 from support.building import run
-from support.frameworks import load_torch
+from support.frameworks import load_keras, load_torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SETTINGS = [
@@ -35,6 +36,18 @@ def test_python_example(capsys):
 def test_torch_example(capsys):
     load_torch().manual_seed(0)
     assert_prints_0_to_7(block("python", "In torch"), capsys)
+
+
+# Of Keras, whose variables do not yet say `copy` to NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_keras_example(capsys):
+    load_keras().utils.set_random_seed(0)
+    assert_prints_0_to_7(block("python", "In Keras"), capsys)
+
+
+def test_jax_example(capsys):
+    pytest.importorskip("jax", reason="adamax_ext.jax needs jax")
+    assert_prints_0_to_7(block("python", "In JAX"), capsys)
 
 
 def test_examples_that_are_named_exist():
