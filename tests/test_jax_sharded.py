@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from support.jax_runs import (
     FAILED,
     SETTINGS,
+    Twin,
     adamax,
     assert_same_trees,
     grads_like,
@@ -114,8 +115,6 @@ def test_a_schedule():
 
 
 def trained_twin_of(rate):
-    from support.jax_runs import Twin
-
     twin = Twin(host_weights(), **SETTINGS)
     for t in range(STEPS):
         number = float(rate(jnp.array(t, jnp.int32)))
