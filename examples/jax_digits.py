@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -38,7 +39,7 @@ def load_data():
 
 def init_params(key):
     layers = []
-    for fan_in, fan_out in zip(SIZES[:-1], SIZES[1:], strict=True):
+    for fan_in, fan_out in pairwise(SIZES):
         key, layer_key = jax.random.split(key)
         kernel = jax.random.normal(layer_key, (fan_in, fan_out)) * (2 / fan_in) ** 0.5
         layers.append({"kernel": kernel, "bias": jnp.zeros(fan_out)})

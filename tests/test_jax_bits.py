@@ -3,13 +3,6 @@
 import numpy as np
 import pytest
 from support.bits import assert_same_bits, every_pair
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.numpy as jnp
 from support.jax_runs import (
     RULES,
     SETTINGS,
@@ -17,6 +10,8 @@ from support.jax_runs import (
     adamax,
     assert_same_trees,
     grads_like,
+    jax,
+    jnp,
     on_device,
     on_host,
     weights,
@@ -115,7 +110,9 @@ def test_loops_and_branches():
     @jax.jit
     def train(params, steps):
         def body(i, carry):
-            return jax.lax.cond(i % 2 == 0, lambda c: tx.apply(c[0], grads, c[1]), lambda c: c, carry)
+            return jax.lax.cond(
+                i % 2 == 0, lambda c: tx.apply(c[0], grads, c[1]), lambda c: c, carry
+            )
 
         return jax.lax.fori_loop(0, steps, body, (params, tx.init(params)))
 

@@ -3,7 +3,6 @@
 XLA's side of the call is support/xla_calls.py.
 """
 
-import ctypes
 import importlib
 
 import adamax_ext
@@ -209,7 +208,7 @@ def test_other_settings_as_arrays_are_refused():
 
 
 def check_old_runtime():
-    last = Api.functions.offset + FUNCTIONS["device_ordinal_get"][0] * ctypes.sizeof(ctypes.c_void_p)
+    last = Api.functions.offset + 8 * FUNCTIONS["device_ordinal_get"][0]
     step = Step(variables(), NUMBERS | RULES)
     refuse(step, "0.6 or newer", INTERNAL, Runtime(api_size=last))
     step.call(handler(), Runtime(api_size=last + 8))

@@ -4,18 +4,13 @@ import re
 
 import numpy as np
 import pytest
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.numpy as jnp
 from support.jax_runs import (
     SETTINGS,
     adamax,
     assert_same_trees,
     grads_like,
+    jax,
+    jnp,
     on_device,
     on_host,
     weights,
@@ -113,7 +108,7 @@ def test_arrays_that_are_given_twice():
     tx = adamax(**SETTINGS)
     w = jnp.linspace(-1, 1, 1001)
     params = {"a": w, "b": w}
-    new, state = jax.jit(tx.apply)(params, params, tx.init(params))
+    new, _ = jax.jit(tx.apply)(params, params, tx.init(params))
     assert_same_trees(new["a"], new["b"])
     alone, _ = tx.apply(w, w, tx.init(w))
     assert_same_trees(new["a"], alone)
@@ -121,8 +116,10 @@ def test_arrays_that_are_given_twice():
 
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
-    [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float32")]
-    + [("float64", "float64")],
+    [
+        *(("float16", "float32"), ("bfloat16", "float32")),
+        *(("float32", "float32"), ("float64", "float64")),
+    ],
 )
 def test_the_state_is_float32_or_wider(dtype, state_dtype):
     with x64(dtype == "float64"):

@@ -5,18 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.numpy as jnp
 from support.jax_runs import (
     SETTINGS,
     adamax,
     assert_same_trees,
     grads_like,
+    jax,
+    jnp,
     on_device,
     weights,
 )

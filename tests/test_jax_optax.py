@@ -4,16 +4,10 @@ import contextlib
 
 import numpy as np
 import pytest
-from support.frameworks import load_jax, load_optax
+from support.frameworks import load_optax
+from support.jax_runs import AdamaxState, adamax, assert_same_trees, jax, jnp
 
-load_jax()
 optax = load_optax()
-
-# isort: split
-import adamax_ext.jax
-import jax
-import jax.numpy as jnp
-from support.jax_runs import adamax, assert_same_trees
 
 STEPS = 12
 SETTINGS = {"learning_rate": 0.0371, "b1": 0.83, "b2": 0.957, "eps": 3.1e-5}
@@ -87,7 +81,7 @@ def assert_close(actual, expected):
 
 
 def by_layer(params):
-    return {name: jax.tree.map(lambda _: name, layer) for name, layer in params.items()}
+    return {name: jax.tree.map(lambda _, name=name: name, layer) for name, layer in params.items()}
 
 
 def adamaxw(make, **settings):
@@ -190,7 +184,7 @@ def test_a_state_of_optax_goes_on_here_and_ours_there():
     tx, theirs = adamax(**SETTINGS), optax.adamax(**SETTINGS)
     half, their_state = train(theirs, steps=6)
     inner = their_state[0]
-    state = adamax_ext.jax.AdamaxState(inner.count, inner.mu, inner.nu)
+    state = AdamaxState(inner.count, inner.mu, inner.nu)
     expected, _ = train(theirs)
     params, back = half, None
     for t in range(6, STEPS):

@@ -1,16 +1,19 @@
 """What adamax_ext.jax refuses: it says which argument, what came, and what would be right."""
 
+import importlib
+
 import numpy as np
 import pytest
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.export
-import jax.numpy as jnp
-from support.jax_runs import FAILED, adamax, assert_same_trees, grads_like, on_device, weights
+from support.jax_runs import (
+    FAILED,
+    adamax,
+    assert_same_trees,
+    grads_like,
+    jax,
+    jnp,
+    on_device,
+    weights,
+)
 
 TX = adamax(0.1)
 
@@ -67,8 +70,10 @@ def test_settings_by_position_are_those_of_optax():
 
 @pytest.mark.parametrize(
     "leaf",
-    [jnp.arange(3), jnp.ones(2, bool), jnp.ones(2, jnp.complex64), 3, True]
-    + [jax.random.key(0), jnp.ones(2, jnp.float8_e4m3fn)],
+    [
+        *(jnp.arange(3), jnp.ones(2, bool), jnp.ones(2, jnp.complex64), 3, True),
+        *(jax.random.key(0), jnp.ones(2, jnp.float8_e4m3fn)),
+    ],
     ids=lambda leaf: str(getattr(leaf, "dtype", leaf)),
 )
 def test_dtypes_without_a_state(leaf):
@@ -156,8 +161,10 @@ def test_gradients_of_what_cannot_be_differentiated():
 
 @pytest.mark.parametrize(
     ("count", "received"),
-    [(jnp.zeros(2, jnp.int32), r"int32\[2\]"), (jnp.zeros(()), r"float32\[\]")]
-    + [(np.zeros((), np.int16), r"int16\[\]"), (0.0, "float32")],
+    [
+        *((jnp.zeros(2, jnp.int32), r"int32\[2\]"), (jnp.zeros(()), r"float32\[\]")),
+        *((np.zeros((), np.int16), r"int16\[\]"), (0.0, "float32")),
+    ],
 )
 def test_counts(count, received):
     w = jnp.ones(2)
@@ -234,7 +241,7 @@ def test_differentiation_of_the_rest_goes_on():
 
 def test_export_names_the_step():
     with pytest.raises(ValueError, match=r"adamax_ext_step"):
-        jax.export.export(jax.jit(TX.apply))(PARAMS, PARAMS, STATE)
+        importlib.import_module("jax.export").export(jax.jit(TX.apply))(PARAMS, PARAMS, STATE)
 
 
 # ---- After an error ------------------------------------------------------------------------------

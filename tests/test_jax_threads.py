@@ -5,20 +5,7 @@ import threading
 import adamax_ext
 import numpy as np
 import pytest
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.numpy as jnp
-from support.jax_runs import (
-    SETTINGS,
-    Twin,
-    adamax,
-    on_device,
-    on_host,
-)
+from support.jax_runs import SETTINGS, Twin, adamax, jax, jnp, on_device, on_host
 from support.processes import in_own_process, use_threads
 
 THREADS, STEPS = 4, 15

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
-from support.frameworks import load_jax
-
-load_jax()
-
-# isort: split
-import jax
-import jax.numpy as jnp
-from support.jax_runs import SETTINGS, adamax, assert_same_trees, grads_like, on_device, weights
+from support.jax_runs import (
+    SETTINGS,
+    adamax,
+    assert_same_trees,
+    grads_like,
+    jax,
+    jnp,
+    on_device,
+    weights,
+)
 
 MEMBERS = 3
 TX = adamax(**SETTINGS, weight_decay=0.1)

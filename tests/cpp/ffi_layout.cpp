@@ -1,4 +1,5 @@
-// csrc/xla/ffi.hpp beside XLA's own header: compiled by tests/test_jax_ffi.py, and that is the test.
+// csrc/xla/ffi.hpp beside XLA's own header: compiled by tests/test_jax_ffi.py, and that is the
+// test.
 #include <cstddef>
 #include <type_traits>
 
@@ -11,10 +12,10 @@ using namespace adamax::xla;
 
 // XLA may add members to the end of a structure, so ours are no longer than its own.
 #define SAME_SIZE(ours, theirs) static_assert(sizeof(ours) == sizeof(theirs))
-#define SAME(ours, member, theirs, their_member)                              \
-  static_assert(offsetof(ours, member) == offsetof(theirs, their_member) &&   \
+#define SAME(ours, member, theirs, their_member)                            \
+  static_assert(offsetof(ours, member) == offsetof(theirs, their_member) && \
                 sizeof(ours::member) == sizeof(decltype(theirs::their_member)))
-#define SAME_HEAD(ours, theirs)                \
+#define SAME_HEAD(ours, theirs)                 \
   SAME(ours, struct_size, theirs, struct_size); \
   SAME(ours, extensions, theirs, extension_start)
 #define SAME_VALUE(ours, theirs) static_assert(static_cast<int>(ours) == static_cast<int>(theirs))

@@ -9,10 +9,9 @@ from support.bits import assert_same_bits, compute_dtype, dtype_of, spread
 from support.frameworks import load_jax
 
 jax = load_jax()
+jnp = jax.numpy
 
-# isort: split
-import jax.numpy as jnp
-from adamax_ext.jax import adamax
+from adamax_ext.jax import AdamaxState, adamax  # noqa: E402, F401 - needs jax
 
 # Nothing here is a default, a power of two, or equal to another value.
 SETTINGS = {"learning_rate": 0.0371, "b1": 0.83, "b2": 0.957, "eps": 3.1e-5}
@@ -135,5 +134,3 @@ def trained_twin(params, steps, **settings):
     for t in range(steps):
         twin.step(grads_like(params, t))
     return twin
-
-

@@ -86,10 +86,10 @@ class Refused(Exception):
 class Runtime:
     """What a handler can ask for; `log` has what it asked, `fails` names what fails."""
 
-    def __init__(self, stream=7, device=0, api_size=ctypes.sizeof(Api)):
+    def __init__(self, stream=7, device=0, api_size=None):
         self.stream, self.device, self.log, self.fails, self.memory = stream, device, [], (), {}
         self.api = sized(Api, sized(Version, 0, 1), None)
-        self.api.struct_size = api_size
+        self.api.struct_size = api_size or ctypes.sizeof(Api)
         self._callbacks = [
             self._install(name, *where) for name, where in FUNCTIONS.items()
         ]  # kept alive
@@ -161,9 +161,7 @@ def call(capsule, arguments, results, attributes, runtime=None, stage=EXECUTE, t
         sized(Buffers, len(group), array_of(INT, [BUFFER] * len(group)), addresses(group))
         for group in buffers
     ]
-    attrs = sized(
-        Attributes, len(names), array_of(INT, kinds), addresses(names), addresses(values)
-    )
+    attrs = sized(Attributes, len(names), array_of(INT, kinds), addresses(names), addresses(values))
     frame = sized(CallFrame, ctypes.pointer(runtime.api), None, stage, *all_of, attrs, None)
     runtime.error = None
     if handler_of(capsule)(ctypes.byref(frame)):
