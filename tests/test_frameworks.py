@@ -39,8 +39,23 @@ except ImportError as error:
 """
 
 
-@pytest.mark.parametrize("framework", ["torch"])
+@pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_missing_framework_is_named(framework):
     said = run(BLOCKED.format(framework=framework))
     assert said.startswith(f"adamax_ext.{framework} needs {framework}")
     assert said.endswith(f"pip install {framework}")
+
+
+def test_an_old_jax_is_named():
+    code = """
+import sys, types
+old = types.ModuleType("jax")
+old.__version__, old.__version_info__ = "0.5.3", (0, 5, 3)
+sys.modules["jax"] = old
+import adamax_ext
+try:
+    import adamax_ext.jax
+except ImportError as error:
+    print(error)
+"""
+    assert run(code) == "adamax_ext.jax needs jax 0.6 or newer; received jax 0.5.3"

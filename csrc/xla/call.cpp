@@ -146,11 +146,11 @@ Variable read_variable(const Buffers& arguments, const Shape& shape, std::int64_
 }
 
 const Buffer& read_scalar(const Buffers& arguments, std::int64_t at, const char* name,
-                          std::initializer_list<DataType> types) {
+                          std::initializer_list<DataType> types, const char* wanted) {
   const Buffer& buffer = *arguments.buffers[at];
   require(size_of(buffer) == 1 && std::ranges::find(types, buffer.dtype) != types.end(),
-          std::string(name) + " must be one number, an int32 if it counts and else a float32 or " +
-              "float64; received " + std::to_string(size_of(buffer)) + " elements of XLA's type " +
+          std::string(name) + " must be one " + wanted + "; received " +
+              std::to_string(size_of(buffer)) + " elements of XLA's type " +
               std::to_string(static_cast<int>(buffer.dtype)));
   return buffer;
 }
@@ -187,11 +187,11 @@ StepCall read_call(const CallFrame& frame) {
     variable.group = i < decayed ? 0 : 1;
     call.variables.push_back(variable);
   }
-  call.count = &read_scalar(arguments, shape.count(), "count", {DataType::kInt32});
+  call.count = &read_scalar(arguments, shape.count(), "count", {DataType::kInt32}, "int32");
   std::int64_t at = shape.first_setting();
   for (StepCall::Setting& setting : call.arrays) {
-    setting.value =
-        &read_scalar(arguments, at++, setting.name, {DataType::kFloat32, DataType::kFloat64});
+    setting.value = &read_scalar(arguments, at++, setting.name,
+                                 {DataType::kFloat32, DataType::kFloat64}, "float32 or float64");
   }
   return call;
 }

@@ -35,9 +35,16 @@ def cmake(*arguments):
     return run(*([path] if path else [sys.executable, "-m", "cmake"]), *arguments)
 
 
-def configure(source, build, *options):
-    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))):
+def cpp_compiler():
+    names = filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"])
+    found = next(filter(shutil.which, names), None)
+    if found is None:
         pytest.skip("needs a C++ compiler")
+    return found
+
+
+def configure(source, build, *options):
+    cpp_compiler()
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     if not ninja and shutil.which("make") is None:
         pytest.skip("needs ninja or make")

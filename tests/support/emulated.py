@@ -9,8 +9,6 @@ import functools
 import importlib.util
 import mmap
 import multiprocessing
-import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,12 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from support.building import REPOSITORY
+from support.building import REPOSITORY, cpp_compiler
 from support.memory import AXES_AND_DTYPE, DATA, DEVICE, Patched
 
 SOURCES = ["tests/cpp/emulated_*.cpp", "csrc/cuda/*.cpp", "csrc/core/*.cpp"]
+SOURCES += ["csrc/xla/call.cpp", "csrc/xla/cuda.cpp"]
 float32, float64 = np.float32, np.float64
 CUDA = 2  # DLPack's type of device
 GONE = object()
@@ -37,12 +35,9 @@ _queued = []  # kept alive
 @functools.cache
 def built():
     """Build the module; skip if there is no compiler."""
-    compiler = next(filter(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++"])), None)
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
     target = Path(tempfile.mkdtemp()) / "_cuda.so"
     subprocess.run(
-        [compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
+        [cpp_compiler(), "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
         + [f"-I{REPOSITORY / folder}" for folder in ("csrc", "csrc/include")]
         + [f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden", "-o", str(target)]
         + [str(source) for pattern in SOURCES for source in sorted(REPOSITORY.glob(pattern))],

@@ -10,6 +10,15 @@ def load_torch():
     return pytest.importorskip("torch", reason="needs torch, which cannot be imported")
 
 
+def load_jax():
+    return pytest.importorskip("jax", reason="needs jax, which cannot be imported")
+
+
+def load_optax():
+    load_jax()
+    return pytest.importorskip("optax", reason="needs optax, which cannot be imported")
+
+
 def load_keras():
     """Return the module keras, or skip the test with the reason why there is none."""
     if "KERAS_BACKEND" not in os.environ:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr
 
 from adamax_ext import _core, _settings
@@ -117,6 +118,8 @@ def adamax(
         given["learning_rate"] = learning_rate
     settings = {name: _setting(name, value) for name, value in given.items()}
     settings |= {"epsilon_mode": epsilon_mode, "decay": decay}
+    if epsilon_mode == "outside" and _is_zero(settings["eps"]):
+        raise ValueError(f"eps must be a number > 0 with epsilon_mode 'outside'; received {eps!r}")
 
     def init(params: Any) -> AdamaxState:
         mu, nu = (jax.tree_util.tree_map_with_path(_zeros, params) for _ in range(2))
@@ -126,6 +129,8 @@ def adamax(
         params: Any, grads: Any, state: AdamaxState, loss_scale: Any = 1.0
     ) -> tuple[Any, AdamaxState]:
         count = jnp.asarray(state.count)
+        if count.shape or count.dtype != jnp.int32:
+            raise ValueError(f"count must be one int32; received {jax.typeof(count).str_short()}")
         now = {**settings, "loss_scale": _setting("loss_scale", loss_scale)}
         if callable(learning_rate):
             now["learning_rate"] = _setting("learning_rate", learning_rate(count))
@@ -133,8 +138,9 @@ def adamax(
         arrays = partial(_arrays, tree, paths)
         leaves = Leaves(arrays("params", params), arrays("mu", state.mu), arrays("nu", state.nu))
         gradients = arrays("grads", grads)
-        for (path, _), *own in zip(paths, leaves.params, gradients, leaves.mu, strict=True):
-            _require_storage(path, *own)
+        for moments in (leaves.mu, leaves.nu):
+            for (path, _), *own in zip(paths, leaves.params, gradients, moments, strict=True):
+                _require_storage(path, *own)
         done = step(leaves, gradients, count, now)
         params, mu, nu = (jax.tree.unflatten(tree, kind) for kind in done[:3])
         # As optax's, it stays at the largest number.
@@ -146,7 +152,11 @@ def adamax(
             zeros = jax.tree.map(jnp.zeros_like, grads if params is None else params)
             return apply(zeros, grads, state)
         if params is None:
-            raise ValueError("params must be given to update() with weight_decay; received None")
+            raise ValueError(
+                "params must be given to update() with weight_decay; received None. An array that "
+                "is 0 cannot be told from others: optax.inject_hyperparams makes none of what is "
+                "named in its static_args"
+            )
         stepped, state = apply(params, grads, state)
         return jax.tree.map(jnp.subtract, stepped, params), state
 
@@ -165,8 +175,8 @@ def _setting(name: str, value: Any) -> Any:
         if name == "loss_scale":  # an infinite one would hide what is not finite
             return jnp.where(jnp.isfinite(value), value, jnp.nan).astype(jnp.float32)
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    if getattr(value, "ndim", 0) and value.size == 1:
-        value = value.reshape(())
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     return _CHECKS[name](name, value)
 
 
@@ -176,11 +186,11 @@ def _is_zero(setting: Any) -> bool:
 
 def _zeros(path: Any, param: Any) -> Any:
     """Return the state of a parameter before its first step."""
-    param = jnp.asarray(param)
+    dtype = jnp.result_type(param)
     states = {p: state for p, _, state in _core.storages}
-    if param.dtype.name not in states:
-        raise TypeError(f"params{keystr(path)} has dtype {param.dtype}; expected {_one_of(states)}")
-    return jnp.zeros_like(param, dtype=states[param.dtype.name])
+    if dtype.name not in states:
+        raise TypeError(f"params{keystr(path)} has dtype {dtype}; expected {_one_of(states)}")
+    return jnp.zeros_like(param, dtype=states[dtype.name])
 
 
 def _arrays(tree: Any, paths: Any, name: str, values: Any) -> list[Any]:
