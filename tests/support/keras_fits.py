@@ -1,4 +1,4 @@
-"""Trains with Keras' Adamax and ours by `fit`, in a process of its own for each backend of Keras."""
+"""Trains with Keras' Adamax and ours by `fit`, in a process for each backend of Keras."""
 
 import os
 import subprocess

@@ -57,9 +57,11 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             Gradients that do not fit to the variables, all of them None, unknown variables, a
             setting out of range. Nothing has changed then.
         """
-        is_stateless = in_stateless_scope() or in_symbolic_scope()
-        if is_stateless or (trainable_variables is None and not self.built) or len(grads) == 0:
-            super().apply(grads, trainable_variables)  # which also has the words for what is wrong
+        is_of_keras = in_stateless_scope() or in_symbolic_scope() or len(grads) == 0
+        if trainable_variables is None:  # Keras has the words for what can be wrong then
+            is_of_keras |= not self.built or len(grads) != len(self._trainable_variables)
+        if is_of_keras:
+            super().apply(grads, trainable_variables)
             return
         if trainable_variables is None:
             variables = self._trainable_variables
