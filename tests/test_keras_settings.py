@@ -228,3 +228,21 @@ def test_loading_the_begin_of_a_window_forgets_the_gradients_of_another():
             optimizer.apply([None, *make_grads(call)[1:]], variables)
     pair.train(range(4, 6))
     pair.assert_near()
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_window_goes_on_in_memory_that_is_copied():
+    """Where accumulators are no dense memory, others stand for them."""
+    settings = {**RULE, "gradient_accumulation_steps": 3}
+    plain, gaps = make_variables(), make_variables()
+    expected, optimizer = Adamax(**settings), Adamax(**settings)
+    for o, v in ((expected, plain), (optimizer, gaps)):
+        train(o, v, range(3))
+        o.apply([None, *make_grads(3)[1:]], v)
+        if o is optimizer:
+            for kept in o._accumulated_gradients:
+                kept._value = torch.stack([kept._value, kept._value], -1)[..., 0]
+        train(o, v, [4])
+        o.apply([None, None, *make_grads(5)[2:]], v)
+        train(o, v, range(6, 9))
+    assert_same(everything(optimizer, gaps), everything(expected, plain))

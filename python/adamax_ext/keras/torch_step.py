@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamax_ext import _core
 from adamax_ext.keras.settings import Settings
-from adamax_ext.keras.torch_tensors import Number, Tensors
+from adamax_ext.keras.torch_tensors import Number, Tensors, are_same
 from adamax_ext.native import Native
 
 
@@ -63,14 +63,16 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         if is_of_keras:
             super().apply(grads, trainable_variables)
             return
-        if trainable_variables is None:
-            variables = self._trainable_variables
-        else:
-            variables = list(trainable_variables)
+        variables = self._trainable_variables
+        if trainable_variables is not None:
+            passed = list(trainable_variables)
             if not self.built:
                 with keras.name_scope(self.name, caller=self):
-                    self.build(variables)
-            self._check_variables_are_known(variables)
+                    self.build(passed)
+                variables = self._trainable_variables
+            if not are_same(passed, variables):
+                self._check_variables_are_known(passed)
+                variables = passed
         if len(grads) != len(variables):
             raise ValueError(
                 f"grads must have one entry for each of the {len(variables)} variables; received "
@@ -95,7 +97,7 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             self._step = Step(self)
             self._step.run(self, grads, variables)
         for variable in variables:
-            if variable._constraint is not None:
+            if variable._constraint is not None and not variable._overwrite_with_gradient:
                 variable.assign(variable.constraint(variable))
 
 
@@ -130,7 +132,7 @@ class Step:
         stepped = variables
         is_done = False
         try:
-            if any([v._overwrite_with_gradient for v in variables]):
+            if self.tensors.has_overwritten:
                 undo = [(t, t.clone()) for t in _overwritten(optimizer, variables)]
                 grads, stepped = optimizer._overwrite_variables_directly_with_gradients(
                     grads, variables
@@ -187,8 +189,8 @@ class Step:
 
         It matters for variables that get no gradient in an update. A frozen one is left alone.
         """
-        accumulators = self.tensors.accumulators
-        if accumulators is None:
+        accumulators = self.tensors.own_accumulators
+        if not accumulators:
             return
         versions = [accumulator._version for accumulator in accumulators]
         accumulated = self._plan.accumulated
