@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamax_ext import _core
 from adamax_ext.keras.settings import Settings
-from adamax_ext.keras.torch_tensors import Number, Tensors, are_same
+from adamax_ext.keras.torch_tensors import Number, Tensors, are_same, copy_each
 from adamax_ext.native import Native
 
 
@@ -19,11 +19,6 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     """Adamax whose step is native."""
 
     _step: "Step | None" = None  # made by the next one, after what it depends on has changed
-
-    def build(self, var_list: Sequence[Any]) -> None:
-        """Make the state of variables; see ``keras.optimizers.Adamax``."""
-        self._step = None
-        super().build(var_list)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Exclude variables from weight decay; see ``keras.optimizers.Adamax``."""
@@ -82,7 +77,6 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
 
     # Dynamo cannot look into a native call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def _apply_natively(self, grads: Sequence[Any], variables: list[Any]) -> None:
         if any([grad is None for grad in grads]):
             grads, variables = self._filter_empty_gradients(grads, variables)
@@ -133,7 +127,7 @@ class Step:
         is_done = False
         try:
             if self.tensors.has_overwritten:
-                undo = [(t, t.clone()) for t in _overwritten(optimizer, variables)]
+                undo = [(t, t.detach().clone()) for t in _overwritten(optimizer, variables)]
                 grads, stepped = optimizer._overwrite_variables_directly_with_gradients(
                     grads, variables
                 )
@@ -149,8 +143,7 @@ class Step:
                     self._finish(iterations, calls)
                     raise
             else:
-                for tensor, copy in undo:
-                    tensor.copy_(copy)
+                copy_each((copy, tensor) for tensor, copy in undo)
 
     def _finish(self, iterations: Tensor, calls: int) -> None:
         self.tensors.scatter()

@@ -126,13 +126,13 @@ class Tensors:
 
     def gather(self) -> None:
         """Copy what is stepped in other memory there."""
-        for copy, tensor in self._copies:
-            copy.copy_(tensor)
+        if self._copies:
+            copy_each((tensor, copy) for copy, tensor in self._copies)
 
     def scatter(self) -> None:
         """Copy it back."""
-        for copy, tensor in self._copies:
-            tensor.copy_(copy)
+        if self._copies:
+            copy_each(self._copies)
 
     def fitting(self, grads: Sequence[Any], weights: Iterable[Tensor]) -> Iterator[Tensor]:
         """Return gradients as Keras reads them, in dtype and memory order of their weights."""
@@ -154,8 +154,15 @@ class Tensors:
                 or tensor.is_neg()
                 or _storage_of(tensor) in written
             ):
-                tensor = torch.empty_like(weight, dtype=dtype).copy_(tensor)
+                tensor = torch.empty_like(weight, dtype=dtype).copy_(tensor.detach())
             yield tensor
+
+
+@torch.no_grad()
+def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the first of each pair to the second."""
+    for source, target in pairs:
+        target.copy_(source)
 
 
 def are_same(items: Sequence[Any], others: Sequence[Any]) -> bool:
