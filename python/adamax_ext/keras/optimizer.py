@@ -56,9 +56,9 @@ class Adamax(_on_backend()):  # type: ignore[misc]
     Notes
     -----
     Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. State is float64
-    for float64 variables and float32 for all others. Under gradient accumulation averages of the
-    weights count updates, where Keras counts every call. A step is done for all variables or, if
-    an exception says why, for none.
+    for float64 variables and float32 for all others. On torch, under gradient accumulation,
+    averages of the weights count updates, where Keras counts every call; and a step is done for all
+    variables or, if an exception says why, for none.
 
     A saved model names this class ``adamax_ext>Adamax``. Where adamax_ext is not installed, load it
     with ``custom_objects={"adamax_ext>Adamax": keras.optimizers.Adamax}``.
