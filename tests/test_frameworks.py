@@ -39,7 +39,7 @@ except ImportError as error:
 """
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", ["torch", "jax", "keras"])
 def test_a_missing_framework_is_named(framework):
     said = run(BLOCKED.format(framework=framework))
     assert said.startswith(f"adamax_ext.{framework} needs {framework}")

@@ -12,7 +12,7 @@ BACKENDS = ("torch", "jax")
 RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02}
 EMA = {"use_ema": True, "ema_momentum": 0.75}
 # What is not an argument of Adamax tells how to train. Under accumulation the averages of ours
-# on torch count updates, so there Keras gets batches that are as large as two of ours.
+# count updates on torch, so there Keras gets batches that are as large as two of ours.
 SETTINGS = [
     {},
     RULE,
@@ -43,7 +43,7 @@ BATCH = 8
 def train(keras, cls, setting):
     """Return weights and state by name after two epochs."""
     settings = dict(setting)
-    keras.backend.clear_session()  # so that names begin anew
+    keras.backend.clear_session(free_memory=False)  # so that names begin anew
     keras.utils.set_random_seed(5)
     keras.config.set_dtype_policy(settings.pop("policy", "float32"))
     constraint = keras.constraints.MaxNorm(0.7) if settings.pop("constraint", False) else None
@@ -65,15 +65,15 @@ def train(keras, cls, setting):
     if rate == "callable":
         settings["learning_rate"] = lambda: 0.03
     is_theirs = cls is keras.optimizers.Adamax
-    counts_updates = keras.backend.backend() == "torch" and settings.get("use_ema")
-    if is_theirs and counts_updates and "gradient_accumulation_steps" in settings:
+    counts_updates = is_theirs and keras.backend.backend() == "torch"
+    if counts_updates and settings.get("use_ema") and "gradient_accumulation_steps" in settings:
         batch *= settings.pop("gradient_accumulation_steps")
     excluded, scales = settings.pop("excluded", ()), settings.pop("loss_scaling", False)
     optimizer = inner = cls(**settings)
     inner.exclude_from_weight_decay(var_names=excluded)
     if scales:
         optimizer = keras.optimizers.LossScaleOptimizer(inner, 2.0**10, dynamic_growth_steps=4)
-    model.compile(optimizer, loss="mse", jit_compile=False)
+    model.compile(optimizer, loss="mse")
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(48, 2, 8)).astype("f"), rng.normal(size=(48, 3)).astype("f")
     model.fit(x, y, batch_size=batch, epochs=2, shuffle=False, verbose=0)

@@ -60,10 +60,10 @@ class Adamax(_on_backend()):  # type: ignore[misc]
     Notes
     -----
     Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. State is float64
-    for float64 variables and float32 for all others. On torch the whole step is native; under
-    gradient accumulation averages of the weights then count updates, where Keras counts every call.
-    On JAX the update is, and the rest is Keras' own. A step is done for all variables or, if
-    an exception says why, for none.
+    for float64 variables and float32 for all others. On torch the whole step is native: under
+    gradient accumulation averages of the weights count updates, where Keras counts every call; and
+    a step is done for all variables or, if an exception says why, for none. On JAX all is native
+    but norms and accumulation.
 
     A saved model names this class ``adamax_ext>Adamax``. Where adamax_ext is not installed, load it
     with ``custom_objects={"adamax_ext>Adamax": keras.optimizers.Adamax}``.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamax_ext import _core
 from adamax_ext.keras.settings import Settings
-from adamax_ext.keras.torch_tensors import Number, Tensors
+from adamax_ext.keras.torch_tensors import Number, Tensors, are_same, copy_each
 from adamax_ext.native import Native
 
 
@@ -19,11 +19,6 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     """Adamax whose step is native."""
 
     _step: "Step | None" = None  # made by the next one, after what it depends on has changed
-
-    def build(self, var_list: Sequence[Any]) -> None:
-        """Make the state of variables; see ``keras.optimizers.Adamax``."""
-        self._step = None
-        super().build(var_list)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Exclude variables from weight decay; see ``keras.optimizers.Adamax``."""
@@ -57,18 +52,22 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             Gradients that do not fit to the variables, all of them None, unknown variables, a
             setting out of range. Nothing has changed then.
         """
-        is_stateless = in_stateless_scope() or in_symbolic_scope()
-        if is_stateless or (trainable_variables is None and not self.built) or len(grads) == 0:
-            super().apply(grads, trainable_variables)  # which also has the words for what is wrong
+        is_of_keras = in_stateless_scope() or in_symbolic_scope() or len(grads) == 0
+        if trainable_variables is None:  # Keras has the words for what can be wrong then
+            is_of_keras |= not self.built or len(grads) != len(self._trainable_variables)
+        if is_of_keras:
+            super().apply(grads, trainable_variables)
             return
-        if trainable_variables is None:
-            variables = self._trainable_variables
-        else:
-            variables = list(trainable_variables)
+        variables = self._trainable_variables
+        if trainable_variables is not None:
+            passed = list(trainable_variables)
             if not self.built:
                 with keras.name_scope(self.name, caller=self):
-                    self.build(variables)
-            self._check_variables_are_known(variables)
+                    self.build(passed)
+                variables = self._trainable_variables
+            if not are_same(passed, variables):
+                self._check_variables_are_known(passed)
+                variables = passed
         if len(grads) != len(variables):
             raise ValueError(
                 f"grads must have one entry for each of the {len(variables)} variables; received "
@@ -78,7 +77,6 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
 
     # Dynamo cannot look into a native call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def _apply_natively(self, grads: Sequence[Any], variables: list[Any]) -> None:
         if any([grad is None for grad in grads]):
             grads, variables = self._filter_empty_gradients(grads, variables)
@@ -93,7 +91,7 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             self._step = Step(self)
             self._step.run(self, grads, variables)
         for variable in variables:
-            if variable._constraint is not None:
+            if variable._constraint is not None and not variable._overwrite_with_gradient:
                 variable.assign(variable.constraint(variable))
 
 
@@ -128,8 +126,8 @@ class Step:
         stepped = variables
         is_done = False
         try:
-            if any([v._overwrite_with_gradient for v in variables]):
-                undo = [(t, t.clone()) for t in _overwritten(optimizer, variables)]
+            if self.tensors.has_overwritten:
+                undo = [(t, t.detach().clone()) for t in _overwritten(optimizer, variables)]
                 grads, stepped = optimizer._overwrite_variables_directly_with_gradients(
                     grads, variables
                 )
@@ -145,8 +143,7 @@ class Step:
                     self._finish(iterations, calls)
                     raise
             else:
-                for tensor, copy in undo:
-                    tensor.copy_(copy)
+                copy_each((copy, tensor) for tensor, copy in undo)
 
     def _finish(self, iterations: Tensor, calls: int) -> None:
         self.tensors.scatter()
@@ -185,8 +182,8 @@ class Step:
 
         It matters for variables that get no gradient in an update. A frozen one is left alone.
         """
-        accumulators = self.tensors.accumulators
-        if accumulators is None:
+        accumulators = self.tensors.own_accumulators
+        if not accumulators:
             return
         versions = [accumulator._version for accumulator in accumulators]
         accumulated = self._plan.accumulated

@@ -62,6 +62,7 @@ class Tensors:
         self._all = variables
         self._kinds = _kinds(optimizer)
         self._overwritten = list(map(_is_overwritten, variables))
+        self.has_overwritten = any(self._overwritten)
         lists = [variables, optimizer._m, optimizer._u]
         uses_averages, accumulates = self._kinds
         lists += [optimizer._model_variables_moving_average] if uses_averages else []
@@ -78,6 +79,8 @@ class Tensors:
         self._sources = list(chain.from_iterable(stepped))
         self._known = list(map(_tensor_of, self._sources))
         self._state = [t for kept in stepped for t in map(_tensor_of, kept[1:])]
+        # What the optimizer has, and not what stands for it.
+        self.own_accumulators = [kept[-1]._value for kept in stepped] if accumulates else []
         self._addresses = _addresses(self._state)
         self._layouts = list(map(_layout, self._known))
         self._copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
@@ -107,7 +110,7 @@ class Tensors:
             self._all is optimizer._trainable_variables
             and self._kinds == _kinds(optimizer)
             and self._overwritten == list(map(_is_overwritten, self._all))
-            and all(map(is_, map(_tensor_of, self._sources), self._known))
+            and are_same(list(map(_tensor_of, self._sources)), self._known)
             and _addresses(self._state) == self._addresses
         )
 
@@ -117,20 +120,19 @@ class Tensors:
 
     def weights_of(self, variables: list[Any]) -> tuple[Tensor, ...] | None:
         """Return the tensors that the native step knows variables by; None stands for all."""
-        mine = self.variables
-        if len(variables) == len(mine) and all(map(is_, variables, mine)):
+        if are_same(variables, self.variables):
             return None
         return tuple([self._weight_of.get(id(v), v._value) for v in variables])
 
     def gather(self) -> None:
         """Copy what is stepped in other memory there."""
-        for copy, tensor in self._copies:
-            copy.copy_(tensor)
+        if self._copies:
+            copy_each((tensor, copy) for copy, tensor in self._copies)
 
     def scatter(self) -> None:
         """Copy it back."""
-        for copy, tensor in self._copies:
-            tensor.copy_(copy)
+        if self._copies:
+            copy_each(self._copies)
 
     def fitting(self, grads: Sequence[Any], weights: Iterable[Tensor]) -> Iterator[Tensor]:
         """Return gradients as Keras reads them, in dtype and memory order of their weights."""
@@ -152,8 +154,20 @@ class Tensors:
                 or tensor.is_neg()
                 or _storage_of(tensor) in written
             ):
-                tensor = torch.empty_like(weight, dtype=dtype).copy_(tensor)
+                tensor = torch.empty_like(weight, dtype=dtype).copy_(tensor.detach())
             yield tensor
+
+
+@torch.no_grad()
+def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the first of each pair to the second."""
+    for source, target in pairs:
+        target.copy_(source)
+
+
+def are_same(items: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two sequences have the same objects: those of Keras and torch cannot tell by ==."""
+    return len(items) == len(others) and all(map(is_, items, others))
 
 
 def _kinds(optimizer: Any) -> tuple[bool, bool]:

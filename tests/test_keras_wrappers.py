@@ -1,0 +1,225 @@
+"""Our Adamax inside of what Keras wraps around optimizers, and in its other ways to train."""
+
+import functools
+
+import numpy as np
+import pytest
+from support.keras_torch import (
+    Adamax,
+    Pair,
+    Theirs,
+    assert_near,
+    assert_same,
+    everything,
+    keras,
+    make_grads,
+    make_variables,
+    torch,
+    train,
+)
+
+# Of Keras, whose variables do not yet say `copy` to NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+from adamax_ext.keras.torch_step import Step  # noqa: E402
+
+RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
+KINDS = (Adamax, Theirs)
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+def make_model(optimizer, **compiled):
+    keras.utils.set_random_seed(4)
+    layers = [keras.layers.Dense(9, activation="tanh", name="a"), keras.layers.Dense(3, name="b")]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    model.compile(optimizer, loss="mse", **compiled)
+    return model
+
+
+def fit(model, **settings):
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(32, 5)).astype("f"), rng.normal(size=(32, 3)).astype("f")
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0, **{"epochs": 2, **settings})
+    return model
+
+
+def assert_models_near(model, other, tolerance=1e-5):
+    for ours, theirs in zip(model.weights, other.weights, strict=True):
+        a, b = ours.numpy().astype("float64"), theirs.numpy().astype("float64")
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+# ---- Wrappers and callbacks ----------------------------------------------------------------------
+
+
+def test_loss_scaling_skips_what_is_not_finite():
+    wrapped, variables = [], []
+    for kind in KINDS:
+        mine = make_variables()
+        optimizer = keras.optimizers.LossScaleOptimizer(kind(**RULE), 2.0**4, 3)
+        for call in range(8):
+            grads = [16 * grad for grad in make_grads(call)]
+            if call in (2, 5):
+                grads[0][0, 0] = np.inf
+            optimizer.apply(grads, mine)
+        wrapped.append(optimizer)
+        variables.append(mine)
+    assert int(wrapped[0].iterations) == 6
+    assert_near(wrapped[0], variables[0], wrapped[1], variables[1])
+
+
+def test_a_float16_model_gets_loss_scaling_around_ours():
+    keras.config.set_dtype_policy("mixed_float16")
+    models = [fit(make_model(kind(**RULE))) for kind in KINDS]
+    for model, kind in zip(models, KINDS, strict=True):
+        assert type(model.optimizer) is keras.optimizers.LossScaleOptimizer
+        assert isinstance(model.optimizer.inner_optimizer, kind)
+    assert_models_near(*models, tolerance=1e-3)
+
+
+def test_several_optimizers_in_one():
+    results = []
+    for kind in KINDS:
+        groups = keras.optimizers.OptimizerMap(kind(0.001), {".*a/.*": kind(**RULE)})
+        model = fit(make_model(keras.optimizers.MultiOptimizer(groups, loss_scale_factor=8.0)))
+        results.append(model)
+        assert [int(o.iterations) for o in model.optimizer.optimizers] == [8, 8]
+    assert results[0].optimizer.optimizers[0].loss_scale_factor == 8.0
+    assert_models_near(*results)
+
+
+def test_weights_swapped_with_averages():
+    """For each validation, and back: in place, where the next step expects them."""
+    results = []
+    for kind in KINDS:
+        model = make_model(kind(**RULE, use_ema=True, ema_momentum=0.7))
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        validation = np.ones((4, 5), "f"), np.ones((4, 3), "f")
+        results.append(fit(model, callbacks=[swap], validation_data=validation))
+    assert_models_near(*results)
+
+
+def test_averages_are_written_at_the_end_of_fit():
+    model = fit(make_model(Adamax(**RULE, use_ema=True, ema_momentum=0.7)))
+    averages = model.optimizer._model_variables_moving_average
+    assert_same([v._value for v in model.trainable_variables], [v._value for v in averages])
+
+
+# ---- Layers frozen and thawed, clones, more than one model ---------------------------------------
+
+
+def test_layers_frozen_after_the_optimizer_was_built():
+    results = []
+    for kind in KINDS:
+        model = fit(make_model(kind(**RULE)))
+        model.get_layer("a").trainable = False
+        kept = model.get_layer("a").kernel._value.clone()
+        fit(model)
+        assert torch.equal(model.get_layer("a").kernel._value, kept)
+        model.get_layer("a").trainable = True
+        results.append(fit(model))
+    assert_models_near(*results)
+
+
+# ---- torch.compile, stateless calls, dtype policies ----------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo and Inductor
+def test_fit_with_jit_compile(monkeypatch):
+    """Dynamo sees all of the training step; what it hands over need not be compiled for this."""
+    are_traced, run = [], Step.run
+
+    def noted(*arguments):
+        are_traced.append(torch.compiler.is_compiling())
+        return run(*arguments)
+
+    monkeypatch.setattr(Step, "run", noted)
+    expected = fit(make_model(Theirs(**RULE, clipnorm=0.3), jit_compile=False))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = fit(make_model(Adamax(**RULE, clipnorm=0.3), jit_compile=True))
+    assert are_traced == [False] * 8
+    assert int(model.optimizer.iterations) == 8
+    assert_models_near(model, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clipnorm": 0.5},
+        {"use_ema": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_stateless_calls_change_nothing_and_return_what_a_step_gives(settings):
+    settings = {**RULE, "weight_decay": None, **settings}
+    variables = make_variables()
+    optimizer = Adamax(**settings)
+    train(optimizer, variables, range(3))
+    before = everything(optimizer, variables)
+    values, state = optimizer.stateless_apply(
+        [v._value for v in optimizer.variables], make_grads(3), [v._value for v in variables]
+    )
+    assert_same(everything(optimizer, variables), before)
+    train(optimizer, variables, [3])
+    for given, variable in zip([*values, *state], [*variables, *optimizer.variables], strict=True):
+        a, b = given.detach().numpy(), variable.numpy()
+        assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max(), variable.path
+
+
+def test_a_symbolic_scope_is_left_to_keras():
+    variables = make_variables()
+    optimizer = Adamax(**RULE)
+    optimizer.build(variables)
+    with keras.SymbolicScope():
+        train(optimizer, variables, range(1))
+    assert optimizer._step is None
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float16", "float64"])
+def test_dtype_policies(policy):
+    """As near to Keras, whose state has the dtype of the weights, as that allows."""
+    keras.config.set_dtype_policy(policy)
+    model, theirs = (fit(make_model(kind(**RULE))) for kind in KINDS)
+    inner = model.optimizer
+    dtype = model.trainable_variables[0].dtype
+    assert dtype == {"mixed_bfloat16": "float32"}.get(policy, policy)
+    assert {v.dtype for v in inner._m + inner._u} == {
+        "float64" if policy == "float64" else "float32"
+    }
+    assert inner._step is not None
+    tolerance = {"float64": 1e-6, "mixed_bfloat16": 1e-3}.get(policy, 0.1)
+    assert_models_near(model, theirs, tolerance)
+
+
+def test_in_an_autocast_scope_the_variables_themselves_are_stepped():
+    from keras.src.backend.common.variables import AutocastScope
+
+    pair = Pair(**RULE)
+    pair.train(range(1))
+    train(pair.theirs, pair.their_variables, [1])
+    with AutocastScope("bfloat16"):
+        assert pair.variables[0].value.dtype == torch.bfloat16
+        train(pair.ours, pair.variables, [1])
+    pair.assert_near()
+
+
+def test_a_custom_training_loop():
+    results = []
+    for kind in KINDS:
+        model = make_model(kind(**RULE))
+        optimizer, rng = model.optimizer, np.random.default_rng(1)
+        for _ in range(5):
+            x, y = torch.tensor(rng.normal(size=(8, 5))).float(), torch.ones(8, 3)
+            loss = ((model(x) - y) ** 2).mean()
+            grads = torch.autograd.grad(loss, [v.value for v in model.trainable_variables])
+            optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        results.append(model)
+    assert_models_near(*results)
