@@ -97,12 +97,19 @@ def _refuse(static: Static, primals: Arrays, tangents: Arrays) -> Any:
 def _call(static: Static, *operands: Any) -> Arrays:
     results = [jax.typeof(operand) for operand in operands[: 3 * static.leaves + 1]]
     in_place = {i: i for i in range(len(results))}
-    return jax.ffi.ffi_call(target.NAME, results, input_output_aliases=in_place)(
+    # As a call with effects XLA does not try to fuse it with others: for hundreds of operands that
+    # are overwritten, that takes minutes (the cube of their number). JAX still leaves out a step
+    # whose results nobody needs.
+    step = jax.ffi.ffi_call(
+        target.NAME, results, input_output_aliases=in_place, has_side_effect=True
+    )
+    done: Arrays = step(
         *operands,
         **{name: np.float64(number) for name, number in static.numbers},
         epsilon_mode=static.epsilon_mode,
         decay=static.decay,
     )
+    return done
 
 
 # ---- How XLA may cut arrays into shards ----------------------------------------------------------
