@@ -216,6 +216,16 @@ def test_updates_of_16_bit_gradients_without_parameters():
     assert_same_bits(np.asarray(updates["w"]), np.asarray(expected["w"], np.float16), "updates")
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_updates_have_the_dtypes_of_the_parameters(decay):
+    tx = adamax(**SETTINGS, weight_decay=decay)
+    params = {"half": jnp.ones(3, jnp.float16), "brain": jnp.ones(3, jnp.bfloat16)}
+    grads = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert jax.tree.map(lambda u: u.dtype.name, updates) == {"half": "float16", "brain": "bfloat16"}
+    assert state.mu["half"].dtype == np.float32
+
+
 def test_results_have_the_tree_of_the_parameters():
     params = weights()
     tx = adamax(**SETTINGS)

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from adamax_ext import _core
 from support.building import REPOSITORY, cpp_compiler, run
 from support.jax_runs import FAILED, adamax, jax, jnp
+
+from adamax_ext.jax import target  # isort: skip - needs jax
 
 
 def test_structures_are_those_of_the_jaxlib_that_is_here():
@@ -144,6 +148,48 @@ def test_a_version_that_jaxlib_does_not_take(tmp_path, version):
     for error in errors:
         assert error.startswith("jaxlib ")
         assert "does not take the native step of adamax_ext, which knows jaxlib 0.6 to" in error
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_gpu_gets_a_handler_of_its_own(monkeypatch, has_kernels):
+    """Or one that refuses, where there are no kernels."""
+    registered = {}
+    kernels = SimpleNamespace(xla_step=object())
+    monkeypatch.setitem(sys.modules, "adamax_ext._cuda", kernels if has_kernels else None)
+    monkeypatch.setattr(
+        jax.ffi,
+        "register_ffi_target",
+        lambda name, handler, platform: registered.update({(name, platform): handler}),
+    )
+    for running in ({"cpu"}, {"cpu", "cuda"}, {"cpu", "rocm"}, {"tpu"}):
+        registered.clear()
+        monkeypatch.setattr(
+            target.backend, "backends", lambda running=running: dict.fromkeys(running)
+        )
+        target.register.__wrapped__()
+        gpu = kernels.xla_step if has_kernels else _core.xla_refuse
+        handlers = {"cpu": _core.xla_step, "CUDA": gpu, "ROCM": _core.xla_refuse}
+        assert registered == {
+            ("adamax_ext_step", name): handler
+            for name, handler in handlers.items()
+            if name.lower() in running
+        }
+
+
+def test_a_step_on_the_cpu_loads_no_kernels_for_a_gpu():
+    code = """
+import sys
+import jax.numpy as jnp
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        assert name != "adamax_ext._cuda"
+sys.meta_path.insert(0, Watch())
+from adamax_ext.jax import adamax
+tx = adamax(0.1)
+tx.apply(jnp.ones(3), jnp.ones(3), tx.init(jnp.ones(3)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_importing_starts_no_backend():

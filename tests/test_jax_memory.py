@@ -74,6 +74,15 @@ def test_the_compiled_step_is_one_call_and_no_copy():
     assert len(re.findall(r"(?:may|must)-alias", aliased)) == leaves
 
 
+def test_numbers_are_built_in():
+    """Also 0: on a GPU an array other than the rate is refused."""
+    params = on_device(weights())
+    tx = adamax(0.1)
+    text = jax.jit(tx.apply).lower(params, params, tx.init(params)).as_text()
+    for name in ("learning_rate", "b1", "b2", "eps", "weight_decay"):
+        assert re.search(rf"\b{name} = [\d.e+-]+ : f64", text), name
+
+
 def test_a_loop_does_not_copy():
     tx = adamax(**DECAY)
     params = on_device({"a": np.ones((64, 3), np.float32), "b": np.ones(5, np.float32)})

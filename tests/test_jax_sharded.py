@@ -5,59 +5,22 @@ The devices are two of the CPU, in a process of its own.
 
 import re
 
-import numpy as np
 import pytest
 from support import jax_devices
-from support.jax_runs import (
-    FAILED,
+from support.jax_runs import Twin, adamax, assert_same_trees, grads_like, jax, jnp, on_host
+from support.jax_shards import (
+    COLLECTIVE,
+    KINDS,
     SETTINGS,
-    Twin,
-    adamax,
-    assert_same_trees,
-    grads_like,
-    jax,
-    jnp,
-    on_host,
-    trained_twin,
+    SPECS,
+    STEPS,
+    NamedSharding,
+    P,
+    assert_as_on_the_host,
+    assert_cut,
+    host_weights,
+    shardings,
 )
-
-AxisType, Mesh, NamedSharding, P = (
-    getattr(jax.sharding, name) for name in ("AxisType", "Mesh", "NamedSharding", "PartitionSpec")
-)
-
-STEPS = 4
-SETTINGS = SETTINGS | {"weight_decay": 0.1}
-SPECS = {"kernel": P("x", None), "columns": P(None, "x"), "bias": P("x"), "gain": P(), "whole": P()}
-COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)")
-KINDS = {
-    "Mesh": lambda shape, names: Mesh(np.array(jax.devices()).reshape(shape), names),
-    "Auto": lambda shape, names: jax.make_mesh(
-        shape, names, axis_types=(AxisType.Auto,) * len(names)
-    ),
-    "Explicit": lambda shape, names: jax.make_mesh(
-        shape, names, axis_types=(AxisType.Explicit,) * len(names)
-    ),
-}
-
-
-def host_weights():
-    rng = np.random.default_rng(0)
-    shapes = {"kernel": (4, 6), "columns": (6, 8), "bias": (8,), "gain": (), "whole": (5,)}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def shardings(mesh, specs):
-    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-
-
-def assert_as_on_the_host(params, state, steps=STEPS):
-    trained_twin(host_weights(), steps, **SETTINGS).assert_same(*on_host((params, state)), "shards")
-
-
-def assert_cut(tree, specs):
-    for name, array in tree.items():
-        expected = NamedSharding(array.sharding.mesh, specs[name])
-        assert array.sharding.is_equivalent_to(expected, array.ndim), name
 
 
 def check_jit(kind, shape, names, specs, donates, rate=None):
@@ -194,6 +157,33 @@ def test_gradients_in_other_shards():
     jax_devices.run(check_gradients_elsewhere)
 
 
+def check_one_that_is_cut(which):
+    """Among whole arrays: the step follows it, and gathers nothing."""
+    mesh = KINDS["Auto"]((2,), ("x",))
+    tx = adamax(**SETTINGS)
+    cut, whole = shardings(mesh, SPECS), shardings(mesh, dict.fromkeys(SPECS, P()))
+    params = jax.device_put(host_weights(), whole)
+    state = tx.init(params)
+    grads = jax.device_put(grads_like(host_weights(), 0), cut if which == "grads" else whole)
+    outputs = {}
+    if which == "results":
+        outputs = {"out_shardings": (cut, type(state)(NamedSharding(mesh, P()), cut, cut))}
+    step = jax.jit(tx.apply, **outputs)
+    text = step.lower(params, grads, state).compile().as_text()
+    assert not COLLECTIVE.search(text)
+    (call,) = (line for line in text.splitlines() if "adamax_ext_step" in line)
+    assert "f32[2,6]" in call
+    assert "f32[4,6]" not in call
+    params, state = step(params, grads, state)
+    assert_cut(params, SPECS)
+    assert_as_on_the_host(params, state, steps=1)
+
+
+@pytest.mark.parametrize("which", ["grads", "results"])
+def test_one_array_of_a_leaf_in_shards(which):
+    jax_devices.run(check_one_that_is_cut, which)
+
+
 def check_uneven():
     """Shards of 4 and 3 elements, of which XLA pads the second."""
     sharding = NamedSharding(KINDS["Auto"]((2,), ("x",)), P("x"))
@@ -209,89 +199,3 @@ def check_uneven():
 
 def test_uneven_shards():
     jax_devices.run(check_uneven)
-
-
-# ---- Where the caller says what is on which device -----------------------------------------------
-
-
-def shard_map(function, **arguments):
-    if jax.__version_info__ < (0, 8):  # cannot tell of a native call what is on all devices
-        arguments["check_vma"] = False
-    return jax.shard_map(function, **arguments)
-
-
-def state_specs(tx, specs):
-    return type(tx.init({}))(P(), specs, specs)
-
-
-def check_shard_map(kind, **checks):
-    mesh = KINDS[kind]((2,), ("x",))
-    tx = adamax(**SETTINGS)
-    specs = (SPECS, SPECS, state_specs(tx, SPECS))
-    step = jax.jit(shard_map(tx.apply, mesh=mesh, in_specs=specs, out_specs=specs[::2], **checks))
-    params = jax.device_put(host_weights(), shardings(mesh, SPECS))
-    state = tx.init(params)
-    for t in range(STEPS):
-        grads = jax.device_put(grads_like(host_weights(), t), shardings(mesh, SPECS))
-        params, state = step(params, grads, state)
-    assert_as_on_the_host(params, state)
-    assert not COLLECTIVE.search(step.lower(params, grads, state).compile().as_text())
-
-
-@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map, of jax 0.6.1")
-@pytest.mark.parametrize("kind", KINDS)
-def test_shard_map(kind):
-    jax_devices.run(check_shard_map, kind)
-
-
-@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map, of jax 0.6.1")
-def test_shard_map_without_checks():
-    jax_devices.run(check_shard_map_without_checks)
-
-
-def check_shard_map_without_checks():
-    check_shard_map("Auto", check_vma=False)
-
-
-def check_partial_shard_map():
-    """Over one of two axes: an error, and not wrong numbers."""
-    mesh = KINDS["Auto"]((2, 1), ("x", "y"))
-    tx = adamax(**SETTINGS)
-    specs = (SPECS, SPECS, state_specs(tx, SPECS))
-    mapped = jax.shard_map(
-        tx.apply, mesh=mesh, in_specs=specs, out_specs=specs[::2], axis_names={"x"}
-    )
-    with pytest.raises((*FAILED, NotImplementedError), match=r"\w"):
-        jax.jit(mapped)(host_weights(), grads_like(host_weights(), 0), tx.init(host_weights()))
-
-
-@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map, of jax 0.6.1")
-def test_shard_map_over_some_axes_is_refused():
-    jax_devices.run(check_partial_shard_map)
-
-
-def check_vmap_over_shards():
-    """Members on two devices: wherever they are computed, they are as if alone."""
-    mesh = KINDS["Auto"]((2,), ("x",))
-    tx = adamax(**SETTINGS)
-    members = jax.tree.map(lambda w: np.stack([w, 2 * w]), host_weights())
-    state = jax.vmap(tx.init)(members)
-    expected = jax.vmap(tx.apply)(members, members, state)
-    cut = jax.device_put((members, members, state), NamedSharding(mesh, P("x")))
-    assert_same_trees(*map(on_host, (jax.jit(jax.vmap(tx.apply))(*cut), expected)))
-
-
-def test_vmap_over_members_on_two_devices():
-    jax_devices.run(check_vmap_over_shards)
-
-
-def check_pmap():
-    tx = adamax(**SETTINGS)
-    members = jax.tree.map(lambda w: np.stack([w, 2 * w]), host_weights())
-    state = jax.vmap(tx.init)(members)
-    expected = jax.vmap(tx.apply)(members, members, state)
-    assert_same_trees(*map(on_host, (jax.pmap(tx.apply)(members, members, state), expected)))
-
-
-def test_pmap():
-    jax_devices.run(check_pmap)

@@ -101,8 +101,14 @@ def _call(static: Static, *operands: Any) -> Arrays:
     in_place = {i: i for i in range(len(results))}
     as_attribute = {float: np.float64, int: np.int64, str: str}
     attributes = {name: as_attribute[type(x)](x) for name, x in static.attributes}
-    call = jax.ffi.ffi_call(target.NAME, results, input_output_aliases=in_place)
-    return call(*operands, **attributes)
+    # As a call with effects XLA does not try to fuse it with others: for hundreds of operands that
+    # are overwritten, that takes minutes (the cube of their number). JAX still leaves out a step
+    # whose results nobody needs.
+    call = jax.ffi.ffi_call(
+        target.NAME, results, input_output_aliases=in_place, has_side_effect=True
+    )
+    done: Arrays = call(*operands, **attributes)
+    return done
 
 
 # ---- How XLA may cut arrays into shards ----------------------------------------------------------

@@ -25,9 +25,12 @@ def register() -> None:
     # Those that run have started: one that does not take a handler says so here, and works on. What
     # is registered earlier keeps it from starting.
     running = backend.backends()
-    for platform, handler in (("cpu", _core.xla_step), ("cuda", _cuda()), ("rocm", None)):
-        if platform in running:
-            register_handler(platform, handler or _core.xla_refuse)
+    if "cpu" in running:
+        register_handler("cpu", _core.xla_step)
+    if "cuda" in running:
+        register_handler("cuda", _cuda_handler())
+    if "rocm" in running:
+        register_handler("rocm", _core.xla_refuse)
 
 
 def register_handler(platform: str, handler: Any) -> None:
@@ -42,9 +45,8 @@ def register_handler(platform: str, handler: Any) -> None:
         ) from error
 
 
-def _cuda() -> Any:
-    """Return the handler of the CUDA kernels, or None where this build has none."""
+def _cuda_handler() -> Any:
     try:
         return importlib.import_module("adamax_ext._cuda").xla_step
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError:  # a build without CUDA kernels
+        return _core.xla_refuse
