@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.frameworks import load_keras
 from support.keras_fits import BACKENDS
 
-for name in ("keras", "h5py", "sklearn", "matplotlib"):
+load_keras()
+for name in ("h5py", "sklearn", "matplotlib"):
     pytest.importorskip(name, reason=f"the example needs {name}: adamax_ext[demo,keras]")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "keras_digits.py"
