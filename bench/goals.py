@@ -1,18 +1,17 @@
 """What is promised of a step on each device, and whether a run of bench/peers.py kept it."""
 
+from itertools import zip_longest
 from typing import Any
 
 from rows import (
     FOREACH,
     FUSED,
-    KERAS_JAX,
-    KERAS_TORCH,
-    OPTAX,
     OURS,
     OURS_CLASS,
     OURS_JAX,
     OURS_KERAS_JAX,
     OURS_KERAS_TORCH,
+    PEER_OF,
     Rows,
     l2_mark,
     ratio_text,
@@ -109,24 +108,14 @@ def class_goals(goals: Goals) -> None:
         goals.ratio(f"{what}{when}: 400 groups, in times of one", 2.5, ratio, at_most=True)
 
 
-def elsewhere_goals(goals: Goals) -> None:
+def framework_goals(goals: Goals) -> None:
     """Of our classes for JAX and Keras beside those whose places they take."""
-    for work, ours, peer, goal in (
-        ("plain 2^24", OURS_JAX, OPTAX, 1.3),
-        ("full 2^24", OURS_JAX, OPTAX, None),
-        ("400 x 256", OURS_JAX, OPTAX, None),
-        ("GPT-2 small", OURS_JAX, OPTAX, None),
-        ("plain 2^24", OURS_KERAS_TORCH, KERAS_TORCH, 9),
-        ("full 2^24", OURS_KERAS_TORCH, KERAS_TORCH, 12),
-        ("400 x 256", OURS_KERAS_TORCH, KERAS_TORCH, 18),
-        ("GPT-2 small", OURS_KERAS_TORCH, KERAS_TORCH, None),
-        ("plain 2^24", OURS_KERAS_JAX, KERAS_JAX, 1.3),
-        ("full 2^24", OURS_KERAS_JAX, KERAS_JAX, None),
-        ("400 x 256", OURS_KERAS_JAX, KERAS_JAX, None),
-        ("GPT-2 small", OURS_KERAS_JAX, KERAS_JAX, None),
-    ):
-        ratio = times_of(goals.rows.find(work, peer), goals.rows.find(work, ours))
-        goals.ratio(f"{ours}, {work}: times as fast as {peer}", goal, ratio)
+    works = ("plain 2^24", "full 2^24", "400 x 256", "GPT-2 small")
+    promised = {OURS_JAX: (1.3,), OURS_KERAS_TORCH: (9, 12, 18), OURS_KERAS_JAX: (1.3,)}
+    for ours, peer in PEER_OF.items():
+        for work, goal in zip_longest(works, promised[ours]):
+            ratio = times_of(goals.rows.find(work, peer), goals.rows.find(work, ours))
+            goals.ratio(f"{ours}, {work}: times as fast as {peer}", goal, ratio)
 
 
 def cpu_goals(results: dict[str, Any]) -> str:
@@ -155,7 +144,7 @@ def cpu_goals(results: dict[str, Any]) -> str:
     if goals.rows.find("plain 2^24", OURS_CLASS):  # earlier runs did not have it
         class_goals(goals)
     if goals.rows.find("plain 2^24", OURS_JAX):
-        elsewhere_goals(goals)
+        framework_goals(goals)
     for result in results["zero_gradients"]:
         ours, last = result["contestant"].startswith(OURS), result["last_to_first"]
         what = f"zero gradients, {result['contestant']}: last 100 of 1,200 steps to first 100"

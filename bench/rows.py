@@ -11,6 +11,8 @@ OURS_JAX = "adamax_ext.jax.adamax, jit"
 OURS_KERAS_JAX, OURS_KERAS_TORCH = "adamax_ext.keras.Adamax, JAX", "adamax_ext.keras.Adamax, torch"
 OPTAX = "optax adamax, jit"
 KERAS_JAX, KERAS_TORCH = "Keras Adamax, JAX", "Keras Adamax, torch"
+# Whose places our classes for other frameworks than torch take.
+PEER_OF = {OURS_JAX: OPTAX, OURS_KERAS_TORCH: KERAS_TORCH, OURS_KERAS_JAX: KERAS_JAX}
 LOOP, FOREACH = "torch Adamax, for-loop", "torch Adamax, foreach"
 FUSED = "torch AdamW, fused"
 Row = dict[str, Any]

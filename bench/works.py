@@ -8,26 +8,11 @@ from typing import Any
 from contestants import CONTESTANTS
 from contestants.base import Work
 from duels import Entry
-from rows import (
-    FOREACH,
-    FUSED,
-    KERAS_JAX,
-    KERAS_TORCH,
-    LOOP,
-    OPTAX,
-    OURS,
-    OURS_CLASS,
-    OURS_JAX,
-    OURS_KERAS_JAX,
-    OURS_KERAS_TORCH,
-    OURS_TORCH,
-)
+from rows import FOREACH, FUSED, LOOP, OURS, OURS_CLASS, OURS_TORCH, PEER_OF
 
 OURS_FLAT = "adamax_ext, one flat array"
 PEERS = [name for name in CONTESTANTS if not name.startswith(OURS)]
 CLASSES = (OURS_CLASS, LOOP, FOREACH, FUSED)  # that are an import apart
-OURS_ELSEWHERE = (OURS_JAX, OURS_KERAS_JAX, OURS_KERAS_TORCH)
-ELSEWHERE = (*OURS_ELSEWHERE, OPTAX, KERAS_JAX, KERAS_TORCH)
 
 GPT2_BLOCK = (
     *((768,), (768,), (768, 2304), (2304,), (768, 768), (768,)),
@@ -54,7 +39,7 @@ def cpu_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
     large, many = (20, 20) if quick else (24, 400)
     in_groups = (many,) if quick else (10, many)
     spare = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.5
-    everyone = (OURS, OURS_TORCH, OURS_CLASS, *OURS_ELSEWHERE, *PEERS)
+    everyone = (OURS, OURS_TORCH, OURS_CLASS, *PEER_OF, *PEERS)
     for exponent in exponents:
         if 16 * 2**exponent > spare:
             print(f"2^{exponent} elements are left out: they would take half of the memory")
@@ -77,7 +62,7 @@ def cpu_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
     work = replace(power(large), name=f"2^{large} after backward", after_backward=True)
     yield entries(work, threads, OURS, *CLASSES)
     if not quick:
-        yield entries(GPT2_SMALL, threads, OURS, OURS_FLAT, *CLASSES, *ELSEWHERE)
+        yield entries(GPT2_SMALL, threads, OURS, OURS_FLAT, *CLASSES, *PEER_OF, *PEER_OF.values())
 
 
 def cuda_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
@@ -101,7 +86,7 @@ def cuda_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
     for work in (groups, *by_dtype):
         yield entries(work, threads, *four[:3])
     others = [n for n in PEERS if n not in four and "cuda" in CONTESTANTS[n].devices]
-    yield entries(power(compiled), threads, *four, *OURS_ELSEWHERE, *others)
+    yield entries(power(compiled), threads, *four, *PEER_OF, *others)
 
 
 def plan(device: str, threads: int, quick: bool) -> list[list[Entry]]:

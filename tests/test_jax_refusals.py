@@ -248,12 +248,12 @@ def test_export_names_the_step():
 
 
 def test_after_an_error_nothing_has_changed():
-    tx = adamax(lambda count: jnp.where(count < 0, 0.1, jnp.nan))
+    tx = adamax(0.1, jnp.float32(1.5))
     host = weights(large=True)
     params, grads = on_device(host), on_device(grads_like(host, 0))
     state = tx.init(params)
     for apply in (tx.apply, jax.jit(tx.apply), lambda p, g, s: tx.update(g, s, p)):
-        with pytest.raises(FAILED, match="learning_rate must be finite"):
+        with pytest.raises(FAILED, match="beta_1 must be in"):
             jax.block_until_ready(apply(params, grads, state))
         assert_same_trees((params, grads), (on_device(host), on_device(grads_like(host, 0))))
         assert_same_trees(state, tx.init(params))

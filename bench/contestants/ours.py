@@ -20,7 +20,7 @@ from contestants.base import (
     Turns,
     Work,
 )
-from contestants.jax_peers import KerasJax, KerasTorch, Optax
+from contestants.jax_peers import Keras, KerasJax, KerasTorch, Optax
 from contestants.torch_peers import Torch, backward, tensor, wait
 
 STATE_BYTES = {**dict.fromkeys(ITEMSIZES, 4), "float64": 8}
@@ -199,6 +199,7 @@ class AdamaxExtJax(Optax):
         scale = 1.0
         if self.full:
             norm = self.optax.global_norm(grads)
+            # Of max(norm / LOSS_SCALE / CLIP, 1) * LOSS_SCALE: unscales and clips.
             scale = self.jax.numpy.maximum(norm / CLIP, LOSS_SCALE)
         done: tuple[Any, Any] = optimizer.apply(params, grads, state, scale)
         return done
@@ -207,10 +208,8 @@ class AdamaxExtJax(Optax):
         return STATE_BYTES[work.dtype]
 
 
-class AdamaxExtKerasTorch(KerasTorch):
+class OurKeras(Keras):
     """`adamax_ext.keras.Adamax` where Keras' users write `keras.optimizers.Adamax`."""
-
-    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "keras", "torch")
 
     def optimizer_class(self) -> Any:
         from adamax_ext.keras import Adamax
@@ -221,12 +220,12 @@ class AdamaxExtKerasTorch(KerasTorch):
         return STATE_BYTES[work.dtype]
 
 
-class AdamaxExtKerasJax(KerasJax):
-    """The same on Keras' JAX backend."""
+class AdamaxExtKerasTorch(OurKeras, KerasTorch):
+    packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "keras", "torch")
 
+
+class AdamaxExtKerasJax(OurKeras, KerasJax):
     packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "keras", "jax", "jaxlib")
-    optimizer_class = AdamaxExtKerasTorch.optimizer_class
-    state_bytes = AdamaxExtKerasTorch.state_bytes
 
 
 def device_bounds(work: Work, device: str) -> Turns:

@@ -12,18 +12,17 @@
 namespace adamax::xla {
 namespace {
 
-template <double Group::* member>
-double& of_group(StepCall& call) {
-  return call.group.*member;
-}
-
-constexpr StepCall::Setting kSettings[] = {
-    {"learning_rate", &of_group<&Group::learning_rate>, nullptr},
-    {"b1", &of_group<&Group::beta_1>, nullptr},
-    {"b2", &of_group<&Group::beta_2>, nullptr},
-    {"eps", &of_group<&Group::epsilon>, nullptr},
-    {"weight_decay", &of_group<&Group::weight_decay>, nullptr},
-    {"loss_scale", [](StepCall& call) -> double& { return call.loss_scale; }, nullptr},
+struct Setting {
+  std::string_view name;
+  double& (*number_of)(StepCall&);
+};
+constexpr Setting kSettings[] = {
+    {"learning_rate", [](StepCall& call) -> double& { return call.group.learning_rate; }},
+    {"b1", [](StepCall& call) -> double& { return call.group.beta_1; }},
+    {"b2", [](StepCall& call) -> double& { return call.group.beta_2; }},
+    {"eps", [](StepCall& call) -> double& { return call.group.epsilon; }},
+    {"weight_decay", [](StepCall& call) -> double& { return call.group.weight_decay; }},
+    {"loss_scale", [](StepCall& call) -> double& { return call.loss_scale; }},
 };
 
 DType dtype_of(const Buffer& buffer, const std::string& label) {
@@ -87,7 +86,7 @@ Rule read_rule(const Attributes& attributes, const char* name, std::string_view 
 }
 
 // How many buffers there are, and of which arrays.
-struct Shape {
+struct Counts {
   std::int64_t kinds;  // of arrays that are overwritten
   std::int64_t leaves, gradients;
 
@@ -96,14 +95,15 @@ struct Shape {
 };
 
 // Throws unless results lie where their arguments are.
-Shape read_shape(const CallFrame& frame, std::int64_t kinds, std::int64_t settings) {
+Counts read_counts(const CallFrame& frame, std::int64_t kinds, std::int64_t settings) {
   const Buffers& arguments = frame.arguments;
   const Buffers& results = frame.results;
-  const Shape shape{kinds, results.size / kinds, arguments.size - results.size - 1 - settings};
-  require(results.size == shape.count() && 0 <= shape.gradients && shape.gradients <= shape.leaves,
-          std::to_string(kinds) + " kinds of arrays and " + std::to_string(settings) +
-              " settings do not make " + std::to_string(results.size) + " results and " +
-              std::to_string(arguments.size) + " arguments");
+  const Counts counts{kinds, results.size / kinds, arguments.size - results.size - 1 - settings};
+  require(
+      results.size == counts.count() && 0 <= counts.gradients && counts.gradients <= counts.leaves,
+      std::to_string(kinds) + " kinds of arrays and " + std::to_string(settings) +
+          " settings do not make " + std::to_string(results.size) + " results and " +
+          std::to_string(arguments.size) + " arguments");
   for (std::int64_t i = 0; i < arguments.size; ++i) {
     require(arguments.types[i] == ArgumentType::kBuffer, "an argument is no buffer");
     if (i >= results.size) continue;
@@ -112,10 +112,10 @@ Shape read_shape(const CallFrame& frame, std::int64_t kinds, std::int64_t settin
                 size_of(*arguments.buffers[i]) == 0,
             "result " + std::to_string(i) + " does not lie where its argument is");
   }
-  return shape;
+  return counts;
 }
 
-Variable read_variable(const Buffers& arguments, const Shape& shape, std::int64_t i) {
+Variable read_variable(const Buffers& arguments, const Counts& counts, std::int64_t i) {
   const Buffer& param = *arguments.buffers[i];
   const std::int64_t size = size_of(param);
   const auto label = [i](const char* role) { return role + ("[" + std::to_string(i) + "]"); };
@@ -126,18 +126,18 @@ Variable read_variable(const Buffers& arguments, const Shape& shape, std::int64_
                                          " as its parameter");
     return buffer;
   };
-  const Buffer& momentum = checked("mu", shape.leaves + i);
-  const Buffer& norm = checked("nu", 2 * shape.leaves + i);
+  const Buffer& momentum = checked("mu", counts.leaves + i);
+  const Buffer& norm = checked("nu", 2 * counts.leaves + i);
   const DType dtype = dtype_of(param, label("params")), state = dtype_of(momentum, label("mu"));
   require(dtype_of(norm, label("nu")) == state, label("nu") + " has another type than mu");
   Variable variable{{param.data, nullptr, momentum.data, norm.data}, size, {dtype, dtype, state}};
-  if (i < shape.gradients) {
-    const Buffer& grad = checked("grads", shape.count() + 1 + i);
+  if (i < counts.gradients) {
+    const Buffer& grad = checked("grads", counts.count() + 1 + i);
     variable.memory.grad = grad.data;
     variable.storage.grad = dtype_of(grad, label("grads"));
   }
-  if (shape.kinds == 4) {
-    const Buffer& average = checked("averages", 3 * shape.leaves + i);
+  if (counts.kinds == 4) {
+    const Buffer& average = checked("averages", 3 * counts.leaves + i);
     require(dtype_of(average, label("averages")) == state,
             label("averages") + " has another type than mu");
     variable.memory.average = average.data;
@@ -145,7 +145,7 @@ Variable read_variable(const Buffers& arguments, const Shape& shape, std::int64_
   return variable;
 }
 
-const Buffer& read_scalar(const Buffers& arguments, std::int64_t at, const char* name,
+const Buffer& read_scalar(const Buffers& arguments, std::int64_t at, std::string_view name,
                           std::initializer_list<DataType> types, const char* wanted) {
   const Buffer& buffer = *arguments.buffers[at];
   require(size_of(buffer) == 1 && std::ranges::find(types, buffer.dtype) != types.end(),
@@ -159,7 +159,7 @@ const Buffer& read_scalar(const Buffers& arguments, std::int64_t at, const char*
 
 StepCall read_call(const CallFrame& frame) {
   const Attributes& attributes = frame.attributes;
-  const auto number = [&attributes](const char* name) {
+  const auto number = [&attributes](std::string_view name) {
     return find_number<double>(attributes, name, DataType::kFloat64);
   };
   StepCall call;
@@ -168,30 +168,33 @@ StepCall read_call(const CallFrame& frame) {
       read_rule(attributes, "decay", "decoupled", DecayRule::kDecoupled, "l2", DecayRule::kL2);
   group.epsilon_rule = read_rule(attributes, "epsilon_mode", "inside", EpsilonRule::kInside,
                                  "outside", EpsilonRule::kOutside);
-  for (const StepCall::Setting& setting : kSettings) {
-    const std::optional<double> known = number(setting.name);
-    known ? void(setting.of(call) = *known) : call.arrays.push_back(setting);
+  for (const Setting& setting : kSettings) {
+    if (const std::optional<double> known = number(setting.name)) {
+      setting.number_of(call) = *known;
+    } else {
+      call.arrays.push_back({setting.name, setting.number_of, nullptr});
+    }
   }
   group.clipvalue = number("clipvalue");
   const std::optional<double> ema_momentum = number("ema_momentum");
   group.ema_momentum = ema_momentum.value_or(0.0);
 
   const Buffers& arguments = frame.arguments;
-  const Shape shape = read_shape(frame, ema_momentum ? 4 : 3, std::ssize(call.arrays));
+  const Counts counts = read_counts(frame, ema_momentum ? 4 : 3, std::ssize(call.arrays));
   const std::int64_t decayed =
-      find_number<std::int64_t>(attributes, "decayed", DataType::kInt64).value_or(shape.leaves);
-  call.all_decay = decayed >= shape.leaves;
-  for (std::int64_t i = 0; i < shape.leaves; ++i) {
-    Variable variable = read_variable(arguments, shape, i);
+      find_number<std::int64_t>(attributes, "decayed", DataType::kInt64).value_or(counts.leaves);
+  call.all_decay = decayed >= counts.leaves;
+  for (std::int64_t i = 0; i < counts.leaves; ++i) {
+    Variable variable = read_variable(arguments, counts, i);
     if (variable.size == 0) continue;
     variable.group = i < decayed ? 0 : 1;
     call.variables.push_back(variable);
   }
-  call.count = &read_scalar(arguments, shape.count(), "count", {DataType::kInt32}, "int32");
-  std::int64_t at = shape.first_setting();
-  for (StepCall::Setting& setting : call.arrays) {
-    setting.value = &read_scalar(arguments, at++, setting.name,
-                                 {DataType::kFloat32, DataType::kFloat64}, "float32 or float64");
+  call.count = &read_scalar(arguments, counts.count(), "count", {DataType::kInt32}, "int32");
+  std::int64_t at = counts.first_setting();
+  for (StepCall::Array& array : call.arrays) {
+    array.value = &read_scalar(arguments, at++, array.setting,
+                               {DataType::kFloat32, DataType::kFloat64}, "float32 or float64");
   }
   return call;
 }

@@ -1,6 +1,7 @@
 // A call of XLA as a call of adamax: what the buffers and attributes of a step mean.
 #pragma once
 
+#include <string_view>
 #include <vector>
 
 #include "adamax/adamax.hpp"
@@ -21,14 +22,14 @@ struct StepCall {
   std::vector<Variable> variables;  // that have elements
   Group group;                      // without what lies in buffers
   bool all_decay;                   // else there is a second group, without weight decay
-  double loss_scale;                // divides the gradients
+  double loss_scale = 1.0;          // divides the gradients
   const Buffer* count;
-  struct Setting {
-    const char* name;
-    double& (*of)(StepCall&);
-    const Buffer* value;
+  struct Array {
+    std::string_view setting;
+    double& (*number_of)(StepCall&);
+    const Buffer* value;  // may lie on a device
   };
-  std::vector<Setting> arrays;  // their values may lie on a device
+  std::vector<Array> arrays;
 
   std::vector<Group> groups() const;
 };

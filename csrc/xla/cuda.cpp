@@ -65,18 +65,15 @@ void step_there(const CallFrame& frame) {
   device.step_type = ScalarType::kInt32;
   device.raises_step = false;  // JAX does
   Call settings{.grad_scale = 1.0 / call.loss_scale};
-  for (const StepCall::Setting& setting : call.arrays) {
-    const Buffer& value = *setting.value;
-    const bool is_float32 = value.dtype == DataType::kFloat32;
-    double& number = setting.of(call);
-    if (&number == &call.group.learning_rate) {
-      device.learning_rate = value.data;
+  for (const StepCall::Array& array : call.arrays) {
+    const bool is_float32 = array.value->dtype == DataType::kFloat32;
+    if (array.setting == "learning_rate") {
+      device.learning_rate = array.value->data;
       device.learning_rate_type = is_float32 ? ScalarType::kFloat32 : ScalarType::kFloat64;
-    } else if (&number == &call.loss_scale && is_float32) {
-      settings.grad_scale = 1.0;
-      settings.device.scale = static_cast<const float*>(value.data);
+    } else if (array.setting == "loss_scale" && is_float32) {
+      settings.device.scale = static_cast<const float*>(array.value->data);
     } else {
-      throw std::invalid_argument(std::string(setting.name) +
+      throw std::invalid_argument(std::string(array.setting) +
                                   " is an array; on a GPU only learning_rate and loss_scale "
                                   "(float32) can be one: name the others in static_args of "
                                   "inject_hyperparams");

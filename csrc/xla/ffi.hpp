@@ -45,7 +45,6 @@ struct MetadataExtension {
 enum class ErrorCode : int {
   kInvalidArgument = 3,
   kResourceExhausted = 8,
-  kUnimplemented = 12,
   kInternal = 13,
 };
 struct ErrorCreateArgs {
@@ -88,22 +87,12 @@ struct Api {
   Version version;
   const void* internal_api;
   Error* (*error_create)(ErrorCreateArgs*);
-  void (*error_get_message)(void*);
-  void (*error_destroy)(void*);
-  void (*handler_register)(void*);
+  const void* not_used_1[3];  // from error_get_message on
   Error* (*stream_get)(StreamGetArgs*);
-  void (*type_register)(void*);
-  void (*execution_context_get)(void*);
-  void (*state_set)(void*);
-  void (*state_get)(void*);
+  const void* not_used_2[4];  // from type_register on
   Error* (*device_memory_allocate)(DeviceMemoryAllocateArgs*);
   Error* (*device_memory_free)(DeviceMemoryFreeArgs*);
-  void (*thread_pool_schedule)(void*);
-  void (*thread_pool_num_threads)(void*);
-  void (*future_create)(void*);
-  void (*future_set_available)(void*);
-  void (*future_set_error)(void*);
-  void (*run_id_get)(void*);
+  const void* not_used_3[6];                            // from thread_pool_schedule on
   Error* (*device_ordinal_get)(DeviceOrdinalGetArgs*);  // from jaxlib 0.6 on
 };
 

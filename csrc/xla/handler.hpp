@@ -21,7 +21,8 @@ inline Error* make_error(const CallFrame& frame, ErrorCode code, const std::stri
   return frame.api->error_create(&args);
 }
 
-// Calls `step` where a step is asked for, and not what the handler is; exceptions become errors.
+// Answers what the handler is, if that is asked; does nothing before execution, and else calls
+// `step`, whose exceptions become errors.
 template <class Step>
 Error* handle(CallFrame& frame, const Step& step) {
   for (const Extension* extension = frame.extensions; extension; extension = extension->next) {

@@ -1,5 +1,7 @@
-// The handler for XLA's CPU backend.
+// The handlers in _core: the step on the CPU, and a refusal where a GPU has no kernels.
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "adamax/adamax.hpp"
 #include "xla/handler.hpp"
@@ -14,8 +16,14 @@ double number_at(const Buffer& buffer) {
 
 void step_here(const CallFrame& frame) {
   StepCall call = read_call(frame);
-  for (const StepCall::Setting& setting : call.arrays) {
-    setting.of(call) = number_at(*setting.value);
+  for (const StepCall::Array& array : call.arrays) {
+    array.number_of(call) = number_at(*array.value);
+  }
+  // An error would come when the arrays that were donated are gone. So the weights become NaN, as
+  // with other optimizers.
+  if (!std::isfinite(call.group.learning_rate)) {
+    call.group.learning_rate = 0.0;
+    call.loss_scale = std::numeric_limits<double>::quiet_NaN();
   }
   call.group.step = std::int64_t{*static_cast<const std::int32_t*>(call.count->data)} + 1;
   step(call.variables, call.groups(), {.grad_scale = 1.0 / call.loss_scale});

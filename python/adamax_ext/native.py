@@ -1,15 +1,20 @@
 """The settings of an optimizer as native objects, made anew after one is assigned."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from adamax_ext import _core
+
+if TYPE_CHECKING:
+    from adamax_ext.configuration import Configured
 
 # Rate, loss scale, whether the call updates, overwrites, and requires finite gradients.
 OfCall: TypeAlias = tuple[float, float, bool, bool, bool]
 
 
-class Settings(Protocol):
+@dataclass
+class Settings:
     """What of an optimizer's configuration a native step depends on."""
 
     beta_1: float
@@ -28,7 +33,7 @@ class Settings(Protocol):
 class Native:
     """One group of the variables with weight decay, perhaps one of the others, and the call."""
 
-    def __init__(self, settings: Settings, number_of_groups: int) -> None:
+    def __init__(self, settings: "Settings | Configured", number_of_groups: int) -> None:
         self.groups = tuple(_core.Group() for _ in range(number_of_groups))
         for group in self.groups:
             group.beta_1, group.beta_2 = settings.beta_1, settings.beta_2
@@ -50,7 +55,7 @@ class Native:
         loss_scale: float,
         require_finite: bool = False,
     ) -> None:
-        """Set all that a call after so many others does; `rate` is asked if it is an update."""
+        """Set all for the call that follows `calls` others; `rate` is asked if it is an update."""
         updates_done, position = divmod(calls, self.micro_batches)
         step = updates_done + 1
         is_update = position == self.micro_batches - 1

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -52,7 +53,7 @@ def step(leaves: Leaves, grads: Arrays, count: Any, settings: dict[str, Any]) ->
     count : int32 array without axes
         Completed steps.
     settings : dict
-        For each of `SETTINGS` a float, or a float32 or float64 array without axes. The words
+        For each of `SETTINGS` a float, or a real array of one element. The words
         `epsilon_mode` and `decay` as in `adamax_ext.update`. Perhaps the floats `clipvalue` and,
         with averages, `ema_momentum`, and the int `decayed`: the number of parameters, the first
         ones, to which `weight_decay` applies.
@@ -66,12 +67,22 @@ def step(leaves: Leaves, grads: Arrays, count: Any, settings: dict[str, Any]) ->
     kinds = [kind for kind in leaves if len(kind) > 0]
     if not kinds:
         return leaves
-    arrays = [settings[name] for name in SETTINGS if isinstance(settings[name], jax.Array)]
+    arrays = [
+        _number(name, settings[name]) for name in SETTINGS if isinstance(settings[name], jax.Array)
+    ]
     numbers = {name: x for name, x in settings.items() if not isinstance(x, jax.Array)}
     n = len(leaves.params)
     static = Static(len(kinds), n, len(grads), tuple(numbers.items()))
     results = _step(static, *chain.from_iterable(kinds), count, *grads, *arrays)
     return Leaves(*(results[i : i + n] for i in range(0, len(results), n)))
+
+
+def _number(name: str, array: jax.Array) -> jax.Array:
+    """Return a setting as the native step reads it."""
+    number = array.reshape(()).astype(jnp.promote_types(array.dtype, jnp.float32))
+    if name == "loss_scale":  # an infinite one would hide gradients that are not finite
+        number = jnp.where(jnp.isfinite(number), number, jnp.nan)
+    return number
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -132,7 +143,7 @@ def _partition(static: Static, mesh: Any, operands: Arrays, results: Arrays) -> 
     Returns the mesh, the call of a shard, and the shardings of its results and of its operands.
     """
     n, places = static.leaves, static.kinds * static.leaves
-    # Where a jit has no mesh, a number's own sharding is all there is.
+    # The mesh of a plain jit can be empty: then the count's own sharding names the devices.
     whole = getattr(operands[places], "sharding", None) or NamedSharding(mesh, PartitionSpec())
 
     def sharding_of(arrays: Arrays) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 from adamax_ext import _core, _settings
+from adamax_ext.jax import target
 from adamax_ext.jax.step import Leaves, step
 
 _CHECKS: dict[str, _settings.Check] = {
@@ -52,7 +53,8 @@ class Adamax(NamedTuple):
         ``params, state = apply(params, grads, state, loss_scale=1.0)``, the fused step: under
         ``jax.jit(apply, donate_argnums=(0, 2))`` in place. `loss_scale`, a number or an array of
         one, divides the gradients: that of the loss, or ``maximum(norm / limit, 1)`` to clip by a
-        norm. One that is not finite makes all weights NaN.
+        norm; as an array, if it changes from step to step. One that is not finite makes all
+        weights NaN.
     """
 
     init: Callable[[Any], AdamaxState]
@@ -122,6 +124,7 @@ def adamax(
         raise ValueError(f"eps must be a number > 0 with epsilon_mode 'outside'; received {eps!r}")
 
     def init(params: Any) -> AdamaxState:
+        target.register()  # also for who loads what was compiled elsewhere
         mu, nu = (jax.tree_util.tree_map_with_path(_zeros, params) for _ in range(2))
         return AdamaxState(jnp.zeros([], jnp.int32), mu, nu)
 
@@ -164,17 +167,14 @@ def adamax(
 
 
 def _setting(name: str, value: Any) -> Any:
-    """Return a number as a float, which is compiled in, and an array of JAX as one without axes."""
+    """Return a number as a float, which is compiled in, and an array of JAX as it is."""
     if isinstance(value, jax.Array):
         is_real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(
             value.dtype, jnp.floating
         )
         if value.size != 1 or not is_real:
             raise ValueError(f"{name} must be a real number or an array of one; received {value}")
-        value = value.reshape(())
-        if name == "loss_scale":  # an infinite one would hide what is not finite
-            return jnp.where(jnp.isfinite(value), value, jnp.nan).astype(jnp.float32)
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return value
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     return _CHECKS[name](name, value)

@@ -9,7 +9,7 @@ from keras.src.optimizers.base_optimizer import global_norm
 
 from adamax_ext import _core
 from adamax_ext.jax.step import Leaves, step
-from adamax_ext.keras.settings import Settings
+from adamax_ext.keras.settings import settings_of
 
 
 class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
@@ -40,17 +40,13 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             grads = [grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
             super()._backend_apply_gradients(grads, trainable_variables)
             return
-        settings = Settings.of(self)
+        settings = settings_of(self)
         loss_scale: Any = float(self._loss_scale or 1.0)
         if settings.clipnorm is not None:
             grads = self._clip_gradients([grad / loss_scale for grad in grads])
             loss_scale = 1.0
         if settings.global_clipnorm is not None:
-            norm = global_norm(grads)
-            # As Keras, one that is not finite makes all weights NaN.
-            norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)
-            limit = settings.global_clipnorm * loss_scale
-            loss_scale = loss_scale * jnp.maximum(norm / limit, 1.0).astype(jnp.float32)
+            loss_scale = jnp.maximum(global_norm(grads) / settings.global_clipnorm, loss_scale)
         # Those whose weights decay come first.
         pairs = sorted(
             zip(trainable_variables, grads, strict=True),
@@ -92,7 +88,7 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        """Do what is left to do where Keras accumulates gradients."""
+        """Step with mean gradients: Keras has clipped them, and has decayed the weights."""
         self._step(trainable_variables, [], grads, learning_rate, weight_decay=0.0)
 
     def _step(
@@ -108,9 +104,8 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         moments = ([kept[i] for i in places] for kept in (self._m, self._u))
         kinds = (variables, *moments, averages)
         leaves = Leaves(*([variable.value for variable in kind] for kind in kinds))
-        rate = keras.ops.convert_to_tensor(learning_rate)
         settings = {
-            "learning_rate": rate.reshape(()).astype(jnp.promote_types(rate.dtype, jnp.float32)),
+            "learning_rate": keras.ops.convert_to_tensor(learning_rate),
             "b1": float(self.beta_1),
             "b2": float(self.beta_2),
             "eps": float(self.epsilon),

@@ -1,11 +1,12 @@
 """`Adamax` for Keras: its arguments and state; a module for each backend does the step."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import keras
 
-_WIDER = {"float16": "float32", "bfloat16": "float32"}  # what state is kept in
+from adamax_ext import _core
+
+_STATE = {param: state for param, _, state in _core.storages}
 
 
 def _on_backend() -> type:
@@ -69,50 +70,8 @@ class Adamax(_on_backend()):  # type: ignore[misc]
     with ``custom_objects={"adamax_ext>Adamax": keras.optimizers.Adamax}``.
     """
 
-    def __init__(
-        self,
-        learning_rate: Any = 0.001,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        weight_decay: float | None = None,
-        clipnorm: float | None = None,
-        clipvalue: float | None = None,
-        global_clipnorm: float | None = None,
-        use_ema: bool = False,
-        ema_momentum: float = 0.99,
-        ema_overwrite_frequency: int | None = None,
-        loss_scale_factor: float | None = None,
-        gradient_accumulation_steps: int | None = None,
-        name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            name=name,
-            **kwargs,
-        )
-
-    def add_variable_from_reference(
-        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    def add_variable(
+        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **options: Any
     ) -> Any:
-        """Add state for a variable as Keras does, but in float32 for one of 16 bits."""
-        dtype = _WIDER.get(reference_variable.dtype)
-        like = reference_variable
-        if dtype is not None:
-            known = ("path", "name", "shape", "_layout", "_value")
-            kept = {key: getattr(like, key) for key in known if hasattr(like, key)}
-            like = SimpleNamespace(**kept, dtype=dtype)
-        return super().add_variable_from_reference(like, name=name, initializer=initializer)
+        """Add state as Keras does, but in float32 for a variable of 16 bits."""
+        return super().add_variable(shape, initializer, _STATE.get(dtype, dtype), **options)

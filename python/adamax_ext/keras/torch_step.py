@@ -10,9 +10,9 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from torch import Tensor
 
 from adamax_ext import _core
-from adamax_ext.keras.settings import Settings
+from adamax_ext.keras.settings import settings_of
 from adamax_ext.keras.torch_tensors import Number, Tensors, are_same, copy_each
-from adamax_ext.native import Native
+from adamax_ext.native import Native, Settings
 
 
 class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
@@ -154,7 +154,7 @@ class Step:
     ) -> None:
         tensors, plan = self.tensors, self._plan
         weights = tensors.weights_of(variables)
-        settings = Settings.of(optimizer)
+        settings = settings_of(optimizer)
         if self._settings != settings:
             self._native = Native(settings, 1 + max(self._groups, default=0))
             self._settings = settings
@@ -164,18 +164,23 @@ class Step:
         if len(variables) < len(tensors.variables):
             self._find_accumulated()
         tensors.gather()
+        again = None
         try:
             plan.step(tuple(grads), weights, native.groups, native.call)
         except (TypeError, ValueError, BufferError):
-            grads = tuple(tensors.fitting(grads, tensors.weights if weights is None else weights))
-        else:
-            return
-        plan.step(grads, weights, native.groups, native.call)
+            again = tuple(tensors.fitting(grads, tensors.weights if weights is None else weights))
+        if again is not None:
+            plan.step(again, weights, native.groups, native.call)
+        if tensors.averages is not None and calls < native.micro_batches - 1:
+            # No update has begun the averages, and somebody may read them.
+            pairs = zip(tensors.weights, tensors.averages, strict=True)
+            copy_each((weight.detach(), average) for weight, average in pairs)
 
     def _rate(self, optimizer: TorchAdamax) -> float:
         rate = optimizer._get_current_learning_rate()
-        tensor = getattr(rate, "_value", rate)
-        return float(self._number.of(tensor) if isinstance(tensor, Tensor) else tensor)
+        if rate is optimizer._learning_rate:  # a variable, which is asked of a GPU once
+            rate = self._number.of(rate._value)
+        return float(rate)
 
     def _find_accumulated(self) -> None:
         """Tell the plan which accumulators have gradients, where somebody else wrote them.
@@ -185,7 +190,7 @@ class Step:
         accumulators = self.tensors.own_accumulators
         if not accumulators:
             return
-        versions = [accumulator._version for accumulator in accumulators]
+        versions = [0 if a.is_inference() else a._version for a in accumulators]
         accumulated = self._plan.accumulated
         if versions != self._versions:
             self._versions = versions

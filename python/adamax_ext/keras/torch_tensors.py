@@ -9,19 +9,15 @@ import keras
 import torch
 from torch import Tensor
 
+from adamax_ext import _core
 from adamax_ext.torch.tensors import require_writable
 
 # Not `value`, which can be a copy in another dtype, or of a stateless scope.
 _tensor_of = attrgetter("_value")
 _is_overwritten = attrgetter("_overwrite_with_gradient")
 
-# Pairs of parameter and gradient that the native step takes beside two of one dtype.
-_PAIRS = {
-    (torch.float32, torch.float16),
-    (torch.float32, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-}
+# Pairs of parameter and gradient that the native step takes.
+_PAIRS = {(getattr(torch, param), getattr(torch, grad)) for param, grad, _ in _core.storages}
 
 
 class Number:
