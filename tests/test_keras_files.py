@@ -60,7 +60,7 @@ def move_whole(model, kind, path):
     other = kind.from_config(model.optimizer.get_config())
     loaded.compile(other, loss="mse")
     other.build(loaded.trainable_variables)
-    other.set_weights([v._value for v in model.optimizer.variables])
+    other.set_weights([v.numpy() for v in model.optimizer.variables])
     return loaded
 
 

@@ -18,7 +18,8 @@ class Compiled:
     """The step of an optimizer as `fit` has it: under jit, with all that it overwrites donated."""
 
     def __init__(self, optimizer, variables):
-        optimizer.build(variables)
+        if not optimizer.built:
+            optimizer.build(variables)
         self.optimizer, self.variables = optimizer, variables
         self.step = jax.jit(optimizer.stateless_apply, donate_argnums=(0, 2))
 

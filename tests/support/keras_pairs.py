@@ -33,6 +33,15 @@ def with_64_bits(*dtypes):
     return x64()
 
 
+def no_grad():
+    """Return a context in which torch records nothing."""
+    if BACKEND == "jax":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 def make_tensor(values, dtype="float32"):
     return keras.ops.convert_to_tensor(np.asarray(values), dtype)
 
@@ -51,6 +60,14 @@ def make_grads(call, dtype="float32"):
 
 
 def train(optimizer, variables, calls, dtype="float32"):
+    if BACKEND == "jax" and optimizer.gradient_accumulation_steps and len(calls) > 1:
+        # Outside of jit Keras compiles its conditions anew in every call: half a second.
+        from support.keras_jax import Compiled
+
+        compiled = Compiled(optimizer, variables)
+        for call in calls:
+            compiled.apply(make_grads(call, dtype))
+        return
     for call in calls:
         optimizer.apply(make_grads(call, dtype), variables)
 

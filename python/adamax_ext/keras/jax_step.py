@@ -1,15 +1,26 @@
 """The step on Keras' JAX backend: one native call for all variables, under Keras' own jit."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import keras
 from keras.src.optimizers.base_optimizer import global_norm
 
-from adamax_ext import _core
+from adamax_ext import _core, _settings
 from adamax_ext.jax.step import Leaves, step
 from adamax_ext.keras.settings import Settings
+
+_beta = partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1)
+# Here, because an error in a compiled step comes when the variables are gone.
+_CHECKS: dict[str, _settings.Check] = {
+    "beta_1": _beta,
+    "beta_2": _beta,
+    "epsilon": _settings.positive,
+    "weight_decay": _settings.optional(_settings.not_negative),
+    "ema_momentum": partial(_settings.real, wanted="in [0, 1]", valid=lambda x: 0 <= x <= 1),
+}
 
 
 class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
@@ -21,7 +32,24 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     _loss_scale: float | None = None  # of the present call
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
-        """Do one training step; see ``keras.optimizers.Adamax``."""
+        """Do one training step; see ``keras.optimizers.Adamax``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Gradients that do not fit to the variables, all of them None, unknown variables, a
+            setting out of range. Nothing has changed then.
+        """
+        settings = Settings.of(self)
+        for name, check in _CHECKS.items():
+            check(name, getattr(settings, name))
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if self.built:
+                self._check_variables_are_known(trainable_variables)
+            grads = _fitting_tensors(grads, trainable_variables)
+        elif len(grads) == len(self._trainable_variables):  # else Keras has the words
+            grads = _fitting_tensors(grads, self._trainable_variables)
         scale: float | None = self.loss_scale_factor  # type: ignore[has-type]
         if scale is None or self.gradient_accumulation_steps:
             super().apply(grads, trainable_variables)
@@ -41,7 +69,7 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             super()._backend_apply_gradients(grads, trainable_variables)
             return
         settings = Settings.of(self)
-        loss_scale: Any = float(self._loss_scale or 1.0)
+        loss_scale: Any = 1.0 if self._loss_scale is None else float(self._loss_scale)
         if settings.clipnorm is not None:
             grads = self._clip_gradients([grad / loss_scale for grad in grads])
             loss_scale = 1.0
@@ -124,6 +152,27 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         for kind, values in zip(kinds, step(leaves, gradients, count, settings), strict=True):
             for variable, value in zip(kind, values, strict=True):
                 variable.assign(value)
+
+
+def _fitting_tensors(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Return gradients as tensors, if there is one or None for each variable, and of its shape."""
+    if len(grads) not in (0, len(variables)):  # Keras does nothing without any
+        raise ValueError(
+            f"grads must have one entry for each of the {len(variables)} variables; received "
+            f"{len(grads)}"
+        )
+    if len(set(map(id, variables))) < len(variables):
+        raise ValueError("variables must be different ones; received one of them twice")
+    tensors = []
+    for i, (grad, variable) in enumerate(zip(grads, variables, strict=len(grads) > 0)):
+        tensor = None if grad is None else keras.ops.convert_to_tensor(grad, sparse=False)
+        if tensor is not None and tensor.shape != tuple(variable.shape):
+            raise ValueError(
+                f"grads[{i}] must have the shape {tuple(variable.shape)} of its variable; "
+                f"received {tensor.shape}"
+            )
+        tensors.append(tensor)
+    return tensors
 
 
 def _fitting(grad: Any, param: Any, moment: Any) -> Any:
