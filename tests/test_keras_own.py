@@ -9,7 +9,7 @@ own variables and checkpoints (TENSORFLOWS).
 import types
 
 import pytest
-from support.keras_torch import Adamax
+from support.keras_pairs import Adamax
 
 pytest.importorskip("absl", reason="Keras' tests need absl")
 from keras.src import optimizers

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from support.keras_torch import (
+from support.keras_pairs import (
     Adamax,
     Pair,
     Theirs,
@@ -13,8 +13,8 @@ from support.keras_torch import (
     everything,
     keras,
     make_grads,
+    make_tensor,
     make_variables,
-    torch,
     train,
 )
 
@@ -22,19 +22,6 @@ from support.keras_torch import (
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
-
-
-def test_a_step_is_one_native_call_in_place():
-    variables = make_variables()
-    optimizer = Adamax(**RULE, use_ema=True, global_clipnorm=1.0, gradient_accumulation_steps=2)
-    optimizer.build(variables)
-    tensors = [v._value for v in [*variables, *optimizer.variables]]
-    version = variables[0]._value._version
-    train(optimizer, variables, range(4))
-    kept = [v._value for v in [*variables, *optimizer.variables]]
-    assert all(a is b for a, b in zip(kept, tensors, strict=True))
-    assert optimizer._step._plan.calls == 4
-    assert variables[0]._value._version == version + 2  # autograd sees the two updates
 
 
 # ---- Gradients that are missing, and variables that are not passed -------------------------------
@@ -108,7 +95,7 @@ def test_what_does_not_fit_is_refused_in_keras_words():
 
 
 def bad_shape(grads, variables):
-    return [*grads[:3], torch.ones(4, 5, 3)], variables
+    return [*grads[:3], make_tensor(np.ones((4, 5, 3)))], variables
 
 
 def too_few(grads, variables):
@@ -149,7 +136,7 @@ def test_a_setting_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         train(optimizer, variables, range(1))
     for now, old in zip(everything(optimizer, variables), before, strict=True):
-        assert torch.equal(now.nan_to_num(), old.nan_to_num())
+        np.testing.assert_array_equal(now, old)
 
 
 # ---- Constraints, decay, variables that gradients overwrite --------------------------------------
@@ -206,17 +193,6 @@ def test_gradients_overwrite_variables_that_ask_for_it(steps, use_ema):
     ):
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=2e-5, atol=1e-6)
     assert int(ours._iterations) == 6
-
-
-def test_a_failed_step_takes_back_what_gradients_overwrote():
-    variables = make_variables()
-    variables[2].overwrite_with_gradient = True
-    optimizer = Adamax(**RULE, gradient_accumulation_steps=2)
-    train(optimizer, variables, range(3))
-    before = everything(optimizer, variables)
-    with pytest.raises(ValueError, match="grads"):
-        optimizer.apply(*bad_shape(make_grads(3), variables))
-    assert_same(everything(optimizer, variables), before)
 
 
 def test_a_mark_that_is_set_after_building():

@@ -1,27 +1,29 @@
 """Our Adamax inside of what Keras wraps around optimizers, and in its other ways to train."""
 
-import functools
-
 import numpy as np
 import pytest
-from support.keras_torch import (
+from support.keras_models import assert_models_near, fit, make_model
+from support.keras_pairs import (
+    BACKEND,
     Adamax,
     Pair,
     Theirs,
+    as_numpy,
     assert_near,
     assert_same,
     everything,
     keras,
     make_grads,
+    make_tensor,
     make_variables,
-    torch,
+    only_torch,
     train,
+    with_64_bits,
 )
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-from adamax_ext.keras.torch_step import Step  # noqa: E402
 
 RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 KINDS = (Adamax, Theirs)
@@ -33,28 +35,17 @@ def float32_afterwards():
     keras.config.set_dtype_policy("float32")
 
 
-def make_model(optimizer, **compiled):
-    keras.utils.set_random_seed(4)
-    layers = [keras.layers.Dense(9, activation="tanh", name="a"), keras.layers.Dense(3, name="b")]
-    model = keras.Sequential([keras.Input((5,)), *layers])
-    model.compile(optimizer, loss="mse", **compiled)
-    return model
-
-
-def fit(model, **settings):
-    rng = np.random.default_rng(6)
-    x, y = rng.normal(size=(32, 5)).astype("f"), rng.normal(size=(32, 3)).astype("f")
-    model.fit(x, y, batch_size=8, shuffle=False, verbose=0, **{"epochs": 2, **settings})
-    return model
-
-
-def assert_models_near(model, other, tolerance=1e-5):
-    for ours, theirs in zip(model.weights, other.weights, strict=True):
-        a, b = ours.numpy().astype("float64"), theirs.numpy().astype("float64")
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
-
-
 # ---- Wrappers and callbacks ----------------------------------------------------------------------
+
+
+def apply(optimizer, variables, grads):
+    """Step where Keras' LossScaleOptimizer can: on JAX its conditions cannot assign."""
+    if BACKEND == "jax":
+        from support.keras_jax import Compiled
+
+        Compiled(optimizer, variables).apply(grads)
+    else:
+        optimizer.apply(grads, variables)
 
 
 def test_loss_scaling_skips_what_is_not_finite():
@@ -65,8 +56,8 @@ def test_loss_scaling_skips_what_is_not_finite():
         for call in range(8):
             grads = [16 * grad for grad in make_grads(call)]
             if call in (2, 5):
-                grads[0][0, 0] = np.inf
-            optimizer.apply(grads, mine)
+                grads[0] = make_tensor(np.full((7, 13), np.inf))
+            apply(optimizer, mine, grads)
         wrapped.append(optimizer)
         variables.append(mine)
     assert int(wrapped[0].iterations) == 6
@@ -113,39 +104,21 @@ def test_averages_are_written_at_the_end_of_fit():
 # ---- Layers frozen and thawed, clones, more than one model ---------------------------------------
 
 
+@only_torch  # on JAX Keras wants another compile() then
 def test_layers_frozen_after_the_optimizer_was_built():
     results = []
     for kind in KINDS:
         model = fit(make_model(kind(**RULE)))
         model.get_layer("a").trainable = False
-        kept = model.get_layer("a").kernel._value.clone()
+        kept = as_numpy(model.get_layer("a").kernel)
         fit(model)
-        assert torch.equal(model.get_layer("a").kernel._value, kept)
+        assert_same([model.get_layer("a").kernel], [kept])
         model.get_layer("a").trainable = True
         results.append(fit(model))
     assert_models_near(*results)
 
 
-# ---- torch.compile, stateless calls, dtype policies ----------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")  # of Dynamo and Inductor
-def test_fit_with_jit_compile(monkeypatch):
-    """Dynamo sees all of the training step; what it hands over need not be compiled for this."""
-    are_traced, run = [], Step.run
-
-    def noted(*arguments):
-        are_traced.append(torch.compiler.is_compiling())
-        return run(*arguments)
-
-    monkeypatch.setattr(Step, "run", noted)
-    expected = fit(make_model(Theirs(**RULE, clipnorm=0.3), jit_compile=False))
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    model = fit(make_model(Adamax(**RULE, clipnorm=0.3), jit_compile=True))
-    assert are_traced == [False] * 8
-    assert int(model.optimizer.iterations) == 8
-    assert_models_near(model, expected)
+# ---- Stateless calls, dtype policies, loops of one's own -----------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,22 +143,18 @@ def test_stateless_calls_change_nothing_and_return_what_a_step_gives(settings):
     assert_same(everything(optimizer, variables), before)
     train(optimizer, variables, [3])
     for given, variable in zip([*values, *state], [*variables, *optimizer.variables], strict=True):
-        a, b = given.detach().numpy(), variable.numpy()
+        a, b = as_numpy(given), as_numpy(variable)
         assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max(), variable.path
-
-
-def test_a_symbolic_scope_is_left_to_keras():
-    variables = make_variables()
-    optimizer = Adamax(**RULE)
-    optimizer.build(variables)
-    with keras.SymbolicScope():
-        train(optimizer, variables, range(1))
-    assert optimizer._step is None
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float16", "float64"])
 def test_dtype_policies(policy):
     """As near to Keras, whose state has the dtype of the weights, as that allows."""
+    with with_64_bits(policy):
+        check_policy(policy)
+
+
+def check_policy(policy):
     keras.config.set_dtype_policy(policy)
     model, theirs = (fit(make_model(kind(**RULE))) for kind in KINDS)
     inner = model.optimizer
@@ -194,11 +163,11 @@ def test_dtype_policies(policy):
     assert {v.dtype for v in inner._m + inner._u} == {
         "float64" if policy == "float64" else "float32"
     }
-    assert inner._step is not None
     tolerance = {"float64": 1e-6, "mixed_bfloat16": 1e-3}.get(policy, 0.1)
     assert_models_near(model, theirs, tolerance)
 
 
+@only_torch  # on JAX Keras' variables are of another dtype then, in all that it does
 def test_in_an_autocast_scope_the_variables_themselves_are_stepped():
     from keras.src.backend.common.variables import AutocastScope
 
@@ -206,9 +175,24 @@ def test_in_an_autocast_scope_the_variables_themselves_are_stepped():
     pair.train(range(1))
     train(pair.theirs, pair.their_variables, [1])
     with AutocastScope("bfloat16"):
-        assert pair.variables[0].value.dtype == torch.bfloat16
+        assert pair.variables[0].value.dtype == make_tensor(0, "bfloat16").dtype
         train(pair.ours, pair.variables, [1])
     pair.assert_near()
+
+
+def gradients_of_loss(model, x):
+    if BACKEND == "torch":
+        import torch
+
+        loss = ((model(x) - 1) ** 2).mean()
+        return torch.autograd.grad(loss, [v.value for v in model.trainable_variables])
+    import jax
+
+    def loss_of(values):
+        y, _ = model.stateless_call(values, [], x)
+        return ((y - 1) ** 2).mean()
+
+    return jax.grad(loss_of)([v.value for v in model.trainable_variables])
 
 
 def test_a_custom_training_loop():
@@ -217,9 +201,7 @@ def test_a_custom_training_loop():
         model = make_model(kind(**RULE))
         optimizer, rng = model.optimizer, np.random.default_rng(1)
         for _ in range(5):
-            x, y = torch.tensor(rng.normal(size=(8, 5))).float(), torch.ones(8, 3)
-            loss = ((model(x) - y) ** 2).mean()
-            grads = torch.autograd.grad(loss, [v.value for v in model.trainable_variables])
+            grads = gradients_of_loss(model, make_tensor(rng.normal(size=(8, 5))))
             optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
         results.append(model)
     assert_models_near(*results)

@@ -1,15 +1,20 @@
 """The step on Keras' JAX backend: one native call for all variables, under Keras' own jit."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import keras
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.optimizers.base_optimizer import global_norm
 
 from adamax_ext import _core
+from adamax_ext.configuration import Configured
 from adamax_ext.jax.step import Leaves, step
 from adamax_ext.keras.settings import settings_of
+
+_applying = threading.local()  # its `optimizer` divides gradients natively in the present call
 
 
 class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
@@ -18,19 +23,42 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     What multiplies all gradients goes into the native step: XLA would write them once more.
     """
 
-    _loss_scale: float | None = None  # of the present call
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """What the loss is multiplied by; None to Keras' own code where the step divides by it."""
+        is_native = getattr(_applying, "optimizer", None) is self
+        return None if is_native else self._loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        self._loss_scale_factor = factor
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
-        """Do one training step; see ``keras.optimizers.Adamax``."""
-        scale: float | None = self.loss_scale_factor  # type: ignore[has-type]
-        if scale is None or self.gradient_accumulation_steps:
-            super().apply(grads, trainable_variables)
-            return
-        self._loss_scale, self.loss_scale_factor = scale, None
+        """Do one training step; see ``keras.optimizers.Adamax``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Gradients that do not fit to the variables, all of them None, unknown variables, a
+            setting out of range. Nothing has changed then.
+        """
+        # An error in a compiled step would come when the variables are gone.
+        settings = {**vars(settings_of(self)), "loss_scale_factor": self._loss_scale_factor}
+        for name, setting in settings.items():
+            Configured.checks[name](name, setting)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if self.built:
+                self._check_variables_are_known(trainable_variables)
+            grads = _fitting_tensors(grads, trainable_variables)
+        elif len(grads) == len(self._trainable_variables):  # else Keras has the words
+            grads = _fitting_tensors(grads, self._trainable_variables)
+        before = getattr(_applying, "optimizer", None)
+        _applying.optimizer = None if self.gradient_accumulation_steps else self
         try:
             super().apply(grads, trainable_variables)
         finally:
-            self._loss_scale, self.loss_scale_factor = None, scale
+            _applying.optimizer = before
 
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Any) -> None:
         if self.gradient_accumulation_steps:
@@ -41,12 +69,7 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
             super()._backend_apply_gradients(grads, trainable_variables)
             return
         settings = settings_of(self)
-        loss_scale: Any = float(self._loss_scale or 1.0)
-        if settings.clipnorm is not None:
-            grads = self._clip_gradients([grad / loss_scale for grad in grads])
-            loss_scale = 1.0
-        if settings.global_clipnorm is not None:
-            loss_scale = jnp.maximum(global_norm(grads) / settings.global_clipnorm, loss_scale)
+        grads, loss_scale = self._clipped(grads, settings.global_clipnorm)
         # Those whose weights decay come first.
         pairs = sorted(
             zip(trainable_variables, grads, strict=True),
@@ -60,25 +83,33 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         if settings.clipvalue is not None:
             options["clipvalue"] = settings.clipvalue
         variables = [variable for variable, _ in pairs]
-        averages = self._averages() if self.use_ema else {}
+        averages = self._averages() if settings.use_ema else {}
         if averages:
             options["ema_momentum"] = settings.ema_momentum
             stepped = set(map(id, variables))
             variables += [
                 v for v in self._trainable_variables if id(v) in averages.keys() - stepped
             ]
-        self._step(
-            variables,
-            [averages[id(variable)] for variable in variables] if averages else [],
-            [grad for _, grad in pairs],
-            self.learning_rate,
-            **options,
-        )
-        if averages and self.ema_overwrite_frequency:
-            overwrites = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            for variable in variables:
-                average = averages[id(variable)].value.astype(variable.dtype)
-                variable.assign(jnp.where(overwrites, average, variable.value))
+        of_variables = [averages[id(variable)] for variable in variables] if averages else []
+        gradients = [grad for _, grad in pairs]
+        self._step(variables, of_variables, gradients, self.learning_rate, **options)
+        if averages and settings.ema_overwrite_frequency:
+            overwrites = (self.iterations + 1) % settings.ema_overwrite_frequency == 0
+            for variable, average in zip(variables, of_variables, strict=True):
+                value = average.value.astype(variable.dtype)
+                variable.assign(jnp.where(overwrites, value, variable.value))
+
+    def _clipped(self, grads: Sequence[Any], global_clipnorm: float | None) -> tuple[Any, Any]:
+        """Clip by norms; return gradients, and what the step has to divide them by."""
+        factor = self._loss_scale_factor
+        loss_scale = 1.0 if factor is None else float(factor)
+        if self.clipnorm and self.clipnorm > 0:
+            return self._clip_gradients([grad / loss_scale for grad in grads]), 1.0
+        if global_clipnorm is None:
+            return grads, loss_scale
+        # In float32, as squares of scaled 16-bit gradients overflow.
+        wide = [grad.astype(jnp.promote_types(grad.dtype, jnp.float32)) for grad in grads]
+        return grads, jnp.maximum(global_norm(wide) / global_clipnorm, loss_scale)
 
     def _averages(self) -> dict[int, Any]:
         """Return the average of each variable that has one, by the variable's id."""
@@ -103,7 +134,8 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         places = [self._get_variable_index(variable) for variable in variables]
         moments = ([kept[i] for i in places] for kept in (self._m, self._u))
         kinds = (variables, *moments, averages)
-        leaves = Leaves(*([variable.value for variable in kind] for kind in kinds))
+        with AutocastScope(None):  # the variables themselves
+            leaves = Leaves(*([variable.value for variable in kind] for kind in kinds))
         settings = {
             "learning_rate": keras.ops.convert_to_tensor(learning_rate),
             "b1": float(self.beta_1),
@@ -119,6 +151,27 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         for kind, values in zip(kinds, step(leaves, gradients, count, settings), strict=True):
             for variable, value in zip(kind, values, strict=True):
                 variable.assign(value)
+
+
+def _fitting_tensors(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Return gradients as tensors, if there is one or None for each variable, and of its shape."""
+    if len(grads) not in (0, len(variables)):  # Keras does nothing without any
+        raise ValueError(
+            f"grads must have one entry for each of the {len(variables)} variables; received "
+            f"{len(grads)}"
+        )
+    if len(set(map(id, variables))) < len(variables):
+        raise ValueError("variables must be different ones; received one of them twice")
+    tensors = []
+    for i, (grad, variable) in enumerate(zip(grads, variables, strict=len(grads) > 0)):
+        tensor = None if grad is None else keras.ops.convert_to_tensor(grad, sparse=False)
+        if tensor is not None and tensor.shape != tuple(variable.shape):
+            raise ValueError(
+                f"grads[{i}] must have the shape {tuple(variable.shape)} of its variable; "
+                f"received {tensor.shape}"
+            )
+        tensors.append(tensor)
+    return tensors
 
 
 def _fitting(grad: Any, param: Any, moment: Any) -> Any:

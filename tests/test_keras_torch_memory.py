@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from support.keras_torch import (
+from support.keras_pairs import (
     Adamax,
     Pair,
     assert_same,
@@ -15,9 +15,9 @@ from support.keras_torch import (
     keras,
     make_grads,
     make_variables,
-    torch,
     train,
 )
+from support.keras_torch import torch
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
