@@ -15,6 +15,8 @@ from support.keras_pairs import (
     make_grads,
     make_tensor,
     make_variables,
+    only_jax,
+    only_torch,
     train,
 )
 
@@ -125,7 +127,14 @@ def test_a_step_is_all_or_nothing(spoil, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", float("nan")), ("beta_1", 1.5), ("epsilon", -1.0)]
+    ("name", "value"),
+    [
+        pytest.param("learning_rate", float("nan"), marks=only_torch),
+        ("beta_1", 1.5),
+        ("epsilon", -1.0),
+        ("weight_decay", -0.1),
+        ("loss_scale_factor", 0.0),
+    ],
 )
 def test_a_setting_out_of_range_is_named(name, value):
     variables = make_variables()
@@ -137,6 +146,14 @@ def test_a_setting_out_of_range_is_named(name, value):
         train(optimizer, variables, range(1))
     for now, old in zip(everything(optimizer, variables), before, strict=True):
         np.testing.assert_array_equal(now, old)
+
+
+@only_jax
+def test_a_rate_that_is_not_finite_makes_all_weights_nan():
+    """As Keras': an error in a compiled step would come when the variables are gone."""
+    variables = make_variables()
+    train(Adamax(float("nan")), variables, range(1))
+    assert all(np.isnan(variable.numpy()).all() for variable in variables)
 
 
 # ---- Constraints, decay, variables that gradients overwrite --------------------------------------

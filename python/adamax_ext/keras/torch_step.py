@@ -10,6 +10,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from torch import Tensor
 
 from adamax_ext import _core
+from adamax_ext.configuration import Configured
 from adamax_ext.keras.settings import settings_of
 from adamax_ext.keras.torch_tensors import Number, Tensors, are_same, copy_each
 from adamax_ext.native import Native, Settings
@@ -159,8 +160,10 @@ class Step:
             self._native = Native(settings, 1 + max(self._groups, default=0))
             self._settings = settings
         native = self._native
-        scale = optimizer.loss_scale_factor
-        native.prepare(calls, lambda: self._rate(optimizer), 1.0 if scale is None else float(scale))
+        scale = Configured.checks["loss_scale_factor"](
+            "loss_scale_factor", optimizer.loss_scale_factor
+        )
+        native.prepare(calls, lambda: self._rate(optimizer), 1.0 if scale is None else scale)
         if len(variables) < len(tensors.variables):
             self._find_accumulated()
         tensors.gather()
