@@ -1,4 +1,4 @@
-"""Trains a network on handwritten digits with optax's Adamax, and with one import changed.
+"""Trains a network on handwritten digits with optax's Adamax, and with ours in its place.
 
 pip install ".[demo]" jax optax && python examples/jax_digits.py
 """
@@ -179,7 +179,7 @@ def draw(runs, path):
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.suptitle("Handwritten digits in JAX: one import changed")
+    figure.suptitle("Handwritten digits in JAX: one optimizer changed")
     figure.savefig(path, format="png", dpi=120)
 
 
