@@ -46,16 +46,22 @@ def test_a_missing_framework_is_named(framework):
     assert said.endswith(f"pip install {framework}")
 
 
-def test_an_old_jax_is_named():
-    code = """
+@pytest.mark.parametrize(
+    ("framework", "old", "needed"), [("jax", (0, 5, 3), "0.6"), ("keras", (3, 14, 1), "3.15")]
+)
+def test_an_old_framework_is_named(framework, old, needed):
+    version = ".".join(map(str, old))
+    code = f"""
 import sys, types
-old = types.ModuleType("jax")
-old.__version__, old.__version_info__ = "0.5.3", (0, 5, 3)
-sys.modules["jax"] = old
+old = types.ModuleType("{framework}")
+old.__version__, old.__version_info__ = "{version}", {old}
+sys.modules["{framework}"] = old
 import adamax_ext
 try:
-    import adamax_ext.jax
+    import adamax_ext.{framework}
 except ImportError as error:
     print(error)
 """
-    assert run(code) == "adamax_ext.jax needs jax 0.6 or newer; received jax 0.5.3"
+    said = run(code)
+    expected = f"adamax_ext.{framework} needs {framework} {needed} or newer; received {framework} "
+    assert said == expected + version

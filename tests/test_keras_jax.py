@@ -1,5 +1,7 @@
 """Keras on JAX: what its native step gets of Keras' settings, compiled and on two devices."""
 
+import threading
+
 import numpy as np
 import pytest
 from support import jax_devices
@@ -18,6 +20,7 @@ from support.keras_pairs import (
     make_tensor,
     make_variables,
     train,
+    with_64_bits,
 )
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
@@ -152,6 +155,45 @@ def test_a_norm_that_is_not_finite_makes_weights_nan(clip, bad):
     optimizer.apply(grads, variables)
     chosen = variables if clip == "global_clipnorm" else variables[1:2]
     assert all(np.isnan(as_numpy(v)).all() for v in chosen)
+
+
+def test_a_norm_of_scaled_16_bit_gradients_does_not_overflow():
+    """Keras divides them first; the squares of those that are scaled do not fit in float16."""
+    settings = {**RULE, "global_clipnorm": 0.5, "loss_scale_factor": 1024.0}
+    variables, twins = make_variables("float16"), make_variables("float16")
+    ours, theirs = Adamax(**settings), Theirs(**settings)
+    for call in range(3):
+        grads = [keras.ops.cast(grad * 512.0, "float16") for grad in make_grads(call)]
+        ours.apply(grads, variables)
+        theirs.apply(grads, twins)
+    for variable, twin in zip(variables, twins, strict=True):
+        np.testing.assert_allclose(as_numpy(variable), as_numpy(twin), atol=0.02)
+
+
+def test_a_float64_norm_is_not_rounded_to_float32():
+    settings = {**RULE, "global_clipnorm": 0.5, "loss_scale_factor": 3.3}
+    with with_64_bits("float64"):
+        variables, twins = make_variables("float64"), make_variables("float64")
+        ours, theirs = Adamax(**settings), Theirs(**settings)
+        for call in range(3):
+            for optimizer, own in ((ours, variables), (theirs, twins)):
+                optimizer.apply(make_grads(call, "float64"), own)
+        for m, other in zip(ours._m, theirs._m, strict=True):
+            np.testing.assert_allclose(as_numpy(m), as_numpy(other), rtol=1e-12, atol=1e-14)
+
+
+def test_another_thread_sees_the_loss_scale_while_a_step_is_traced():
+    seen = []
+
+    def rate():  # Keras asks for it within apply
+        thread = threading.Thread(target=lambda: seen.append(optimizer.loss_scale_factor))
+        thread.start()
+        thread.join()
+        return 0.1
+
+    optimizer = Adamax(rate, loss_scale_factor=8.0)
+    train(optimizer, make_variables(), range(1))
+    assert set(seen) == {8.0}
 
 
 # ---- Two devices ---------------------------------------------------------------------------------

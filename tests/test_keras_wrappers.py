@@ -167,7 +167,6 @@ def check_policy(policy):
     assert_models_near(model, theirs, tolerance)
 
 
-@only_torch  # on JAX Keras' variables are of another dtype then, in all that it does
 def test_in_an_autocast_scope_the_variables_themselves_are_stepped():
     from keras.src.backend.common.variables import AutocastScope
 

@@ -136,8 +136,9 @@ class JaxAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         kinds = (variables, *moments, averages)
         with AutocastScope(None):  # the variables themselves
             leaves = Leaves(*([variable.value for variable in kind] for kind in kinds))
+            rate = keras.ops.convert_to_tensor(learning_rate)
         settings = {
-            "learning_rate": keras.ops.convert_to_tensor(learning_rate),
+            "learning_rate": rate,
             "b1": float(self.beta_1),
             "b2": float(self.beta_2),
             "eps": float(self.epsilon),
