@@ -176,8 +176,7 @@ class Step:
             plan.step(again, weights, native.groups, native.call)
         if tensors.averages is not None and calls < native.micro_batches - 1:
             # No update has begun the averages, and somebody may read them.
-            pairs = zip(tensors.weights, tensors.averages, strict=True)
-            copy_each((weight.detach(), average) for weight, average in pairs)
+            copy_each(zip(tensors.weights, tensors.averages, strict=True))
 
     def _rate(self, optimizer: TorchAdamax) -> float:
         rate = optimizer._get_current_learning_rate()
