@@ -106,8 +106,10 @@ def adamax(
     Notes
     -----
     Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The bits are those
-    of `adamax_ext.update`. A number that is an array is rounded to its dtype, and on a GPU only
-    `learning_rate` can be one. The step cannot be differentiated, nor exported by ``jax.export``.
+    of `adamax_ext.update`. A setting that is an array is rounded to its dtype, and on a GPU only
+    `learning_rate` and `loss_scale` can be one. A schedule that returns Python's numbers outside of
+    jit is compiled anew for each. The step cannot be differentiated, nor exported by
+    ``jax.export``.
     """
     for name, value, known in (
         ("epsilon_mode", epsilon_mode, ("inside", "outside")),
