@@ -70,9 +70,9 @@ def check_partial_shard_map():
     tx = adamax(**SETTINGS)
     specs = (SPECS, SPECS, state_specs(tx, SPECS))
     mapped = jax.shard_map(
-        tx.apply, mesh=mesh, in_specs=specs, out_specs=specs[::2], axis_names={"x"}
+        tx.apply, mesh=mesh, in_specs=specs, out_specs=specs[::2], axis_names={"x"}, check_vma=False
     )
-    with pytest.raises((*FAILED, NotImplementedError), match=r"\w"):
+    with pytest.raises(FAILED, match="custom_partitioner"):
         jax.jit(mapped)(host_weights(), grads_like(host_weights(), 0), tx.init(host_weights()))
 
 

@@ -1,12 +1,11 @@
 """A step in JAX's ways to compile and to check: ahead of time, from a cache, for leaks and NaN."""
 
+import re
 import subprocess
 import sys
-from time import perf_counter
 
 import numpy as np
 import pytest
-from support.frameworks import load_optax
 from support.jax_runs import (
     SETTINGS,
     adamax,
@@ -55,23 +54,11 @@ def test_ahead_of_time():
     assert_same_trees(compiled(*given()), EXPECTED)
 
 
-def test_many_leaves_do_not_take_long_to_compile():
-    """Less than optax takes; XLA's attempts at fusion would take twenty times as long."""
-    optax = load_optax()
-    params = [jnp.ones((2, 3)) for _ in range(500)]
-    theirs = optax.adamaxw(0.1)
-
-    def step(params, grads, state):
-        updates, state = theirs.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    seconds = {}
-    for name, apply, init in (("ours", TX.apply, TX.init), ("optax", step, theirs.init)):
-        lowered = jax.jit(apply).lower(params, params, init(params))
-        start = perf_counter()
-        lowered.compile()
-        seconds[name] = perf_counter() - start
-    assert seconds["ours"] < 2 * seconds["optax"], seconds
+def test_xla_does_not_try_to_fuse_the_step():
+    """It leaves alone what has effects; else 400 leaves compile for 7 s, ten times as long."""
+    text = jax.jit(TX.apply).lower(*given()).as_text()
+    (call,) = re.findall(r"stablehlo\.custom_call @adamax_ext_step.*", text)
+    assert "has_side_effect = true" in call
 
 
 def test_a_program_that_is_lowered_for_a_gpu():

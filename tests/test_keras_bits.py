@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support.keras_pairs import (
     BACKEND,
+    EMA,
     SHAPES,
     Adamax,
     as_numpy,
@@ -21,7 +22,6 @@ ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 witho
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 BASE = {"learning_rate": 2.0**-6}  # as Keras keeps it, in float32
-EMA = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 3}
 RULE = {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.125}
 CASES = [
     (BASE, "float32", "float32"),

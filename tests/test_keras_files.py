@@ -8,14 +8,22 @@ import sys
 
 import numpy as np
 import pytest
-from support.keras_pairs import BACKEND, Adamax, Theirs, as_numpy, assert_same, everything, keras
+from support.keras_pairs import (
+    BACKEND,
+    RULE,
+    Adamax,
+    Theirs,
+    as_numpy,
+    assert_same,
+    everything,
+    keras,
+)
 
 pytest.importorskip("h5py", reason="Keras' files need h5py")
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 CASES = [
     (RULE, "float32", 5),
     ({**RULE, "use_ema": True, "ema_overwrite_frequency": 3}, "float32", 5),

@@ -8,6 +8,8 @@ from support import jax_devices
 from support.keras_jax import Compiled, jax
 from support.keras_models import assert_models_near, fit, make_model
 from support.keras_pairs import (
+    EMA,
+    RULE,
     Adamax,
     Pair,
     Theirs,
@@ -26,8 +28,6 @@ from support.keras_pairs import (
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
-EMA = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 3}
 KINDS = (Adamax, Theirs)
 
 

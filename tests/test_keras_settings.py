@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from support.keras_pairs import (
     BACKEND,
+    EMA,
+    RULE,
     Adamax,
     Pair,
     as_numpy,
@@ -20,8 +22,6 @@ from support.keras_pairs import (
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
-EMA = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 3}
 CHANGES = [
     {"beta_1": 0.5},
     {"beta_2": 0.5},

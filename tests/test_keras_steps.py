@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from support.keras_pairs import (
+    RULE,
     Adamax,
     Pair,
     Theirs,
@@ -22,8 +23,6 @@ from support.keras_pairs import (
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 
 
 # ---- Gradients that are missing, and variables that are not passed -------------------------------

@@ -1,13 +1,19 @@
 """Gradients in any memory of torch: our Adamax for Keras takes what Keras takes, and exactly."""
 
 import pytest
-from support.keras_pairs import Adamax, assert_same, everything, keras, make_grads, make_variables
+from support.keras_pairs import (
+    RULE,
+    Adamax,
+    assert_same,
+    everything,
+    keras,
+    make_grads,
+    make_variables,
+)
 from support.keras_torch import torch
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 
 
 def transposed(grad):

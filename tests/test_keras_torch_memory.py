@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 from support.keras_pairs import (
+    RULE,
     Adamax,
     Pair,
     assert_same,
@@ -22,7 +23,6 @@ from support.keras_torch import torch
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 FULL = {**RULE, "use_ema": True, "gradient_accumulation_steps": 2, "global_clipnorm": 1.0}
 
 

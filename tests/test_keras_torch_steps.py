@@ -7,6 +7,7 @@ import pytest
 from adamax_ext.keras.torch_step import Step
 from support.keras_models import assert_models_near, fit, make_model
 from support.keras_pairs import (
+    RULE,
     Adamax,
     Theirs,
     assert_same,
@@ -21,8 +22,6 @@ from support.keras_torch import torch
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 
 
 def test_a_step_is_one_native_call_in_place():

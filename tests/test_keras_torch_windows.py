@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from support.keras_pairs import (
+    EMA,
+    RULE,
     Adamax,
     Pair,
     assert_same,
@@ -15,11 +17,6 @@ from support.keras_torch import torch
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
-
-
-EMA = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 3}
 
 
 def test_numbers_on_a_gpu_are_read_again_only_after_they_were_written(monkeypatch):

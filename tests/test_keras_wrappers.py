@@ -5,6 +5,7 @@ import pytest
 from support.keras_models import assert_models_near, fit, make_model
 from support.keras_pairs import (
     BACKEND,
+    RULE,
     Adamax,
     Pair,
     Theirs,
@@ -25,7 +26,6 @@ from support.keras_pairs import (
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
 KINDS = (Adamax, Theirs)
 
 

@@ -18,6 +18,9 @@ if BACKEND not in ("torch", "jax"):
 from adamax_ext.keras import Adamax as Adamax  # noqa: E402
 
 Theirs = keras.optimizers.Adamax
+# Settings that are not the defaults.
+RULE = {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.02, "weight_decay": 0.1}
+EMA = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 3}
 SHAPES = {"kernel": (7, 13), "bias": (13,), "gain": (), "deep_kernel": (3, 4, 5)}
 
 only_torch = pytest.mark.skipif(BACKEND != "torch", reason="of Keras on torch: KERAS_BACKEND=torch")
