@@ -160,7 +160,11 @@ def test_division_is_a_division(cpp_library, name, register, prefix):
 
 
 def test_memory_of_the_caller_is_never_taken_for_aligned(kernel):
-    """Instructions that trap on unaligned memory touch nothing but the stack and constants."""
+    """Instructions that trap on unaligned memory touch nothing but the stack and constants.
+
+    Loops over tiles have aligned memory of their own, by pointers that no look at the text follows;
+    test_low_memory_bits.py runs them at odd addresses.
+    """
     stack, previous = set(), None
     trapping = []
     for _, function, mnemonic, operands in instructions(kernel[1]):
@@ -170,6 +174,8 @@ def test_memory_of_the_caller_is_never_taken_for_aligned(kernel):
         base = (memory[1] or "").removeprefix("%") if memory else None
         sse = "%xmm" in operands and not mnemonic.startswith("v")
         traps = ALIGNED_MOVE.fullmatch(mnemonic) or (sse and not SSE_UNALIGNED.fullmatch(mnemonic))
+        if "_in_tiles" in function:
+            continue
         if memory and traps and base not in stack | {"rip"}:
             trapping.append((function, mnemonic, operands))
         # Which registers point into the stack, followed in the order of the text.

@@ -61,7 +61,7 @@ REFUSALS = [
             "int64": lambda a: torch_tensor(a.astype(np.int64)),
             "bool": lambda a: torch_tensor(a.astype(bool)),
             "'i'": lambda a: memoryview(a.view(np.int32)),
-            "'B'": lambda a: bytearray(a.nbytes),
+            "uint8": lambda a: bytearray(a.nbytes),
             "lanes": lambda a: Patched(a, {AXES_AND_DTYPE: float32_word(2, lanes=2)}),
         },
     ),

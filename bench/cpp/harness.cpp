@@ -29,8 +29,8 @@ using Action = std::function<void()>;
 using Sizes = std::vector<std::int64_t>;
 
 constexpr DType kF32 = DType::kFloat32;
-constexpr Storage kFloats{kF32, kF32, kF32};
-constexpr Storage kBFloats{DType::kBFloat16, DType::kBFloat16, kF32};
+constexpr Storage kFloats{kF32, kF32};
+constexpr Storage kBFloats{DType::kBFloat16, DType::kBFloat16};
 
 double seconds(const Action& action, int times) {
   const auto start = std::chrono::steady_clock::now();
@@ -164,7 +164,8 @@ void add_size_benchmarks() {
 
 void add_dtype_benchmarks() {
   const Setting setting;
-  for (const Storage& storage : adamax::kStorages) {
+  for (const auto& [param, grad] : adamax::kPairs) {
+    const Storage storage{param, grad};
     for (const bool average : {false, true}) {
       for (const bool accumulator : {false, true}) {
         for (const int exponent : {14, 20, 24}) {
@@ -242,7 +243,7 @@ void add_norm_benchmarks() {
       add("norm/dtype:" + std::string(dtype_name(dtype)) + setting.name() + elements_of(n),
           [=](benchmark::State& state) {
             setting.apply();
-            const Memory memory(std::vector{n}, {{dtype, dtype, adamax::compute_dtype(dtype)}});
+            const Memory memory(std::vector{n}, {{dtype, dtype}});
             const adamax::ConstBuffer gradient{dtype, n, memory.variables()[0].memory.grad};
             const auto bytes = n * static_cast<std::int64_t>(itemsize(dtype));
             report(state, n, adamax::cpu::threads_for(bytes), {memory.norm_streams()},

@@ -67,7 +67,7 @@ bound_stream Memory::Block::stream(bool written) const {
 
 Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
   for (const std::int64_t size : sizes) elements_ += size;
-  const DType state = streams.storage.state;
+  const DType state = adamax::compute_dtype(streams.storage.param);
   param_.allocate(streams.storage.param, elements_);
   grad_.allocate(streams.storage.grad, elements_);
   momentum_.allocate(state, elements_);

@@ -13,7 +13,7 @@
 namespace adamax_bench {
 
 struct Streams {
-  adamax::Storage storage = adamax::kStorages[0];  // all float32
+  adamax::Storage storage = adamax::storage_at(0);  // all float32
   bool average = false;
   bool accumulator = false;
 };

@@ -179,8 +179,10 @@ void import_memory(const TypeInfo& info, py::handle object, const Label& label, 
 
 }  // namespace
 
-void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
-                   Buffer& buffer, const void* known) {
+namespace {
+
+void import_any(py::handle object, const Label& label, Access access, Leases& leases,
+                Buffer& buffer, const void* known) {
   const TypeInfo& info = type_info(object);
   if (access == Access::kWrite && info.is_immutable) {
     throw_read_only(label, kImmutable);
@@ -190,6 +192,21 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   if (known != nullptr && (buffer.data != known || buffer.size <= 1)) {
     require_plain_sign(info, object, label);
   }
+}
+
+}  // namespace
+
+void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
+                   Buffer& buffer, const void* known) {
+  import_any(object, label, access, leases, buffer, known);
+  if (static_cast<int>(buffer.dtype) >= kNumDTypes) {
+    throw_dtype(label, std::string(dtype_name(buffer.dtype)));
+  }
+}
+
+void import_state(py::handle object, const Label& label, Leases& leases, Buffer& buffer,
+                  const void* known) {
+  import_any(object, label, Access::kWrite, leases, buffer, known);
 }
 
 void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer) {

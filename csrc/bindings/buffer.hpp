@@ -39,6 +39,9 @@ enum class Access { kRead, kWrite };
 // asked before could be negated there by torch._neg_view alone, which is private.
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer, const void* known = nullptr);
+// The same for state, which may also be kept as integers of 8 or 16 bits.
+void import_state(py::handle object, const Label& label, Leases& leases, Buffer& buffer,
+                  const void* known = nullptr);
 // The same for memory whose elements are never negative, so that a negated view shows by itself.
 void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer);
 

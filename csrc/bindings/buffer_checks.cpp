@@ -40,10 +40,10 @@ void require_dense(const Buffer& buffer, const Label& label) {
 void require_pair(const Buffer& param, const Label& param_label, const Buffer& grad,
                   const Label& grad_label) {
   std::string accepted;
-  for (const Storage& storage : kStorages) {
-    if (storage.param != param.dtype) continue;
-    if (storage.grad == grad.dtype) return;
-    accepted += (accepted.empty() ? "" : " or ") + std::string(dtype_name(storage.grad));
+  for (const DTypePair& pair : kPairs) {
+    if (pair.param != param.dtype) continue;
+    if (pair.grad == grad.dtype) return;
+    accepted += (accepted.empty() ? "" : " or ") + std::string(dtype_name(pair.grad));
   }
   throw py::type_error(grad_label.text() + " has dtype " + std::string(dtype_name(grad.dtype)) +
                        " but " + param_label.text() + " has dtype " +

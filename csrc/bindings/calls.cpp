@@ -44,7 +44,7 @@ void update(const py::object& param, const py::object& grad, const py::object& m
   streams.add(buffer);
   variable.memory.grad = buffer.data;
   variable.size = w.size;
-  variable.storage = {w.dtype, buffer.dtype, compute_dtype(w.dtype)};
+  variable.storage = {w.dtype, buffer.dtype};
 
   const Program program = make_program({&variable, 1}, {&group, 1}, Call{.grad_scale = grad_scale});
   run_once(w.device, program, streams, leases);

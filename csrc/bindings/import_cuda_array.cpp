@@ -15,6 +15,10 @@ DType dtype_of_typestr(const std::string& typestr, const Label& label) {
   if (is_native && kind == "f4") return DType::kFloat32;
   if (is_native && kind == "f8") return DType::kFloat64;
   if (is_native && kind == "f2") return DType::kFloat16;
+  if (is_native && kind == "i1") return DType::kInt8;
+  if (is_native && kind == "u1") return DType::kUInt8;
+  if (is_native && kind == "i2") return DType::kInt16;
+  if (is_native && kind == "u2") return DType::kUInt16;
   throw_dtype(label, "'" + typestr + "' (an array interface's typestr)");
 }
 

@@ -68,6 +68,14 @@ void import_dl_tensor(py::handle object, const DLTensor& tensor, const Label& la
     buffer.dtype = DType::kFloat16;
   } else if (is_scalar && type.code == kDLBfloat && type.bits == 16) {
     buffer.dtype = DType::kBFloat16;
+  } else if (is_scalar && type.code == kDLInt && type.bits == 8) {
+    buffer.dtype = DType::kInt8;
+  } else if (is_scalar && type.code == kDLUInt && type.bits == 8) {
+    buffer.dtype = DType::kUInt8;
+  } else if (is_scalar && type.code == kDLInt && type.bits == 16) {
+    buffer.dtype = DType::kInt16;
+  } else if (is_scalar && type.code == kDLUInt && type.bits == 16) {
+    buffer.dtype = DType::kUInt16;
   } else {
     throw_dtype(label, dlpack_name(type));
   }

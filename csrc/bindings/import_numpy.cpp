@@ -18,6 +18,10 @@ std::optional<DType> numpy_dtype(const py::dtype& dtype) {
     if (dtype.num() == py::detail::npy_api::NPY_FLOAT_) return DType::kFloat32;
     if (dtype.num() == py::detail::npy_api::NPY_DOUBLE_) return DType::kFloat64;
     if (dtype.num() == kHalf) return DType::kFloat16;
+    if (dtype.num() == py::detail::npy_api::NPY_BYTE_) return DType::kInt8;
+    if (dtype.num() == py::detail::npy_api::NPY_UBYTE_) return DType::kUInt8;
+    if (dtype.num() == py::detail::npy_api::NPY_SHORT_) return DType::kInt16;
+    if (dtype.num() == py::detail::npy_api::NPY_USHORT_) return DType::kUInt16;
     // The bfloat16 that ml_dtypes registers; a float64 typed "long double" is left out on purpose.
     if (dtype.itemsize() == 2 && py::cast<std::string>(dtype.attr("name")) == "bfloat16") {
       return DType::kBFloat16;

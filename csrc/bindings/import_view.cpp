@@ -15,6 +15,10 @@ std::optional<DType> format_dtype(const char* format) {
   if (std::strcmp(format, "f") == 0) return DType::kFloat32;
   if (std::strcmp(format, "d") == 0) return DType::kFloat64;
   if (std::strcmp(format, "e") == 0) return DType::kFloat16;
+  if (std::strcmp(format, "b") == 0) return DType::kInt8;
+  if (std::strcmp(format, "B") == 0) return DType::kUInt8;
+  if (std::strcmp(format, "h") == 0) return DType::kInt16;
+  if (std::strcmp(format, "H") == 0) return DType::kUInt16;
   return std::nullopt;
 }
 

@@ -125,8 +125,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("copy", &copy, py::arg("to"), py::arg("from_"));
   m.def("describe", &describe, py::arg("buffer"), py::arg("role"), py::arg("index"));
   py::list storages;
-  for (const Storage& s : kStorages) {
-    storages.append(py::make_tuple(dtype_name(s.param), dtype_name(s.grad), dtype_name(s.state)));
+  for (const DTypePair& pair : kPairs) {
+    storages.append(py::make_tuple(dtype_name(pair.param), dtype_name(pair.grad),
+                                   dtype_name(compute_dtype(pair.param))));
   }
   m.attr("storages") = py::tuple(storages);
   m.attr("xla_step") = handler(&xla::step_on_host);

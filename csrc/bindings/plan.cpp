@@ -35,7 +35,7 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
 
     entry.variable = {{param.data},
                       param.size,
-                      {param.dtype, param.dtype, compute_dtype(param.dtype)},
+                      {param.dtype, param.dtype},
                       groups.at(i)};
     const py::object* const lists[] = {&state.momentum, &state.norm, &state.averages,
                                        &state.accumulators};
@@ -109,7 +109,7 @@ void Plan::find_written_memory() {
     written.add(param.data, param.bytes(), label("variables", i));
     for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
       if (!entries_[i].state[role]) continue;
-      written.add(v.memory.*kStateMembers[role], v.size * itemsize(v.storage.state),
+      written.add(v.memory.*kStateMembers[role], v.size * itemsize(compute_dtype(v.storage.param)),
                   label(kStateRoles[role], i));
     }
   }

@@ -32,7 +32,7 @@ std::span<const char> StepVariable::param() const {
 }
 
 void StepVariable::add_to(WrittenMemory& written, std::size_t i) const {
-  const std::size_t bytes = variable.size * itemsize(variable.storage.state);
+  const std::size_t bytes = variable.size * itemsize(compute_dtype(variable.storage.param));
   written.add(variable.memory.param, param().size(), label(kParam, i));
   written.add(variable.memory.momentum, bytes, label(kMomentum, i));
   written.add(variable.memory.norm, bytes, label(kNorm, i));
@@ -80,7 +80,6 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, Leases& leases
   const Label param_label = label(kParam, i);
   import_buffer(item(arrays, i, kParam), param_label, Access::kWrite, leases, param, memory.param);
   require_dense(param, param_label);
-  const DType state = compute_dtype(param.dtype);
   if (param.size != variable.size || param.dtype != variable.storage.param) {
     is_where_it_was = false;
   }
@@ -94,7 +93,7 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, Leases& leases
   require_same_layout(buffer, grad_label, param, param_label);
   if (buffer.device != kHost) streams[buffer.device].add(buffer);
   memory.grad = buffer.data;
-  variable.storage = {param.dtype, buffer.dtype, state};
+  variable.storage = {param.dtype, buffer.dtype};
 
   const auto import_state = [&](Role role, void*& known) {
     import_buffer(item(arrays, i, role), label(role, i), Access::kWrite, leases, buffer, known);

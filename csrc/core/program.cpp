@@ -10,11 +10,16 @@ namespace adamax {
 namespace {
 
 int storage_index(const Storage& storage) {
-  const auto found = std::find(std::begin(kStorages), std::end(kStorages), storage);
-  if (found != std::end(kStorages)) return static_cast<int>(found - std::begin(kStorages));
+  for (int index = 0; index < kNumStorages; ++index) {
+    if (storage_at(index) == storage && exists(storage)) return index;
+  }
+  constexpr const char* kStates[] = {"full", "16-bit", "8-bit"};
+  constexpr const char* kRoundings[] = {"rounded to nearest", "rounded at random",
+                                        "with a remainder"};
   throw std::invalid_argument("no kernel for " + std::string(dtype_name(storage.param)) +
-                              " parameters with " + std::string(dtype_name(storage.grad)) +
-                              " gradients and " + std::string(dtype_name(storage.state)) +
+                              " parameters " + kRoundings[static_cast<int>(storage.rounding)] +
+                              " with " + std::string(dtype_name(storage.grad)) +
+                              " gradients and " + kStates[static_cast<int>(storage.state)] +
                               " state");
 }
 
@@ -46,6 +51,12 @@ Arrays memory_for(Operation operation, std::size_t i, const Variable& v, const C
   }
   if (memory.average == nullptr && call.overwrite) {
     refuse(i, "must have an average to be overwritten with it; received a null pointer");
+  }
+  if (memory.norm_scale == nullptr && v.storage.state != StateFormat::kFull) {
+    refuse(i, "must have a norm_scale where its state is smaller than full; received a null pointer");
+  }
+  if (memory.remainder == nullptr && v.storage.rounding == WeightRounding::kRemainder) {
+    refuse(i, "must have a remainder with WeightRounding::kRemainder; received a null pointer");
   }
   const bool accumulates = call.micro_batches > 1 || call.phase == Phase::kAccumulate;
   if (memory.accumulator == nullptr && accumulates) {
@@ -124,7 +135,7 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
     }
   }
 
-  std::size_t fits_float32 = groups.size();  // the group that was checked last
+  std::size_t fits_float32 = groups.size(), fits_8_bits = groups.size();  // checked last
   int index = 0;  // of the storage that was looked up last: mostly the same again
   program.rows.reserve(variables.size());
   for (std::size_t i = 0; i < variables.size(); ++i) {
@@ -137,21 +148,30 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
     Storage storage = v.storage;
     // A gradient that is not there has the type in which it is computed, as the accumulator has.
     if (v.memory.grad == nullptr) storage.grad = compute_dtype(storage.param);
-    if (!(kStorages[index] == storage)) index = storage_index(storage);
+    if (!(storage_at(index) == storage)) index = storage_index(storage);
+    if (v.first_element < 0 || v.first_element % kStateBlock != 0) {
+      refuse(i, "must have a first_element that is a multiple of " + std::to_string(kStateBlock) +
+                    ", and >= 0; received " + std::to_string(v.first_element));
+    }
     if (v.size == 0) continue;
     const Operation operation = operation_of(v, call);
     const Arrays memory = memory_for(operation, i, v, call);
     if (operation == Operation::kNone) continue;
-    if (storage.state == DType::kFloat32 && operation != Operation::kAverage &&
+    if (compute_dtype(storage.param) == DType::kFloat32 && operation != Operation::kAverage &&
         v.group != fits_float32) {
       require_float32(program.groups[v.group], groups[v.group], call);
       fits_float32 = v.group;
+    }
+    if (storage.state == StateFormat::k8Bits && operation == Operation::kUpdate &&
+        v.group != fits_8_bits) {
+      require_8_bits(groups[v.group]);
+      fits_8_bits = v.group;
     }
     const bool has_summands =
         operation != Operation::kAverage && (memory.grad != nullptr || program.sums_accumulators);
     program.rows.push_back({memory, v.size, static_cast<std::uint32_t>(i), v.group,
                             static_cast<std::uint8_t>(index), operation,
-                            /*is_summed=*/has_summands});
+                            /*is_summed=*/has_summands, v.number, v.first_element});
   }
   return program;
 }
@@ -169,14 +189,14 @@ Program make_norm_program(std::span<const ConstBuffer> buffers) {
                                   "] must have memory and a size >= 0; received size " +
                                   std::to_string(buffer.size));
     }
-    const int index = storage_index({buffer.dtype, buffer.dtype, compute_dtype(buffer.dtype)});
+    const int index = storage_index({buffer.dtype, buffer.dtype});
     program.rows.push_back({{.grad = buffer.data},
                             buffer.size,
                             static_cast<std::uint32_t>(i),
                             0,
                             static_cast<std::uint8_t>(index),
                             Operation::kNone,
-                            /*is_summed=*/true});
+                            /*is_summed=*/true, 0, 0});
   }
   return program;
 }

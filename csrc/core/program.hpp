@@ -24,12 +24,14 @@ struct Row {
   std::int64_t size;       // elements
   std::uint32_t variable;  // its position in the call
   std::uint32_t group;     // whose scalars count
-  std::uint8_t storage;    // in kStorages
+  std::uint8_t storage;    // storage_at()
   Operation operation;
   bool is_summed;  // counts for norms and finiteness
+  std::uint32_t number;  // for random numbers
+  std::int64_t first_element;
 
-  DType param_dtype() const { return kStorages[storage].param; }
-  DType grad_dtype() const { return kStorages[storage].grad; }
+  DType param_dtype() const { return storage_at(storage).param; }
+  DType grad_dtype() const { return storage_at(storage).grad; }
 };
 
 // What the scalars of a group are made of beside its base scalars, where a program takes numbers

@@ -79,6 +79,7 @@ Scalars make_base_scalars(const Group& g, const Call& call) {
   s.epsilon_rule = g.epsilon_rule;
   s.rate = g.device.learning_rate == nullptr ? g.learning_rate : 0.0;
   s.ema_momentum = g.ema_momentum;
+  s.seed = g.seed;
   s.overwrite = call.overwrite;
   if (call.device.writes_gradients) s.gradient_sign = g.maximize ? -1 : 1;
   return s;
@@ -86,7 +87,7 @@ Scalars make_base_scalars(const Group& g, const Call& call) {
 
 Scalars make_scalars(const Group& g, const Call& call, double bias_correction) {
   Scalars s = make_base_scalars(g, call);
-  set_rate(s, g.learning_rate, bias_correction, g.step == 1);
+  set_rate(s, g.learning_rate, bias_correction, g.step);
   require(std::isfinite(s.rate), "learning_rate",
           "small enough that learning_rate / (1 - beta_1^step) is finite", g.learning_rate);
   require(std::isfinite(s.decay), "weight_decay",
@@ -110,6 +111,12 @@ void require_float32(const Scalars& s, const Group& g, const Call& call) {
           g.learning_rate);
   require(!becomes_infinite(s.decay), "weight_decay",
           "small enough that learning_rate * weight_decay is finite in float32", g.weight_decay);
+}
+
+void require_8_bits(const Group& g) {
+  require(g.beta_1 < g.beta_2, "beta_1", "below beta_2 with state in 8 bits", g.beta_1);
+  require(g.epsilon_rule == EpsilonRule::kOutside || g.epsilon >= 0x1p-86, "epsilon",
+          ">= 2^-86 with state in 8 bits and EpsilonRule::kInside", g.epsilon);
 }
 
 }  // namespace adamax

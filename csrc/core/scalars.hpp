@@ -30,6 +30,7 @@ struct Scalars {
   double epsilon = 0.0;
   double rate = 0.0;  // learning_rate / (1 - beta_1^t)
   double ema_momentum = 0.0;
+  std::uint64_t seed = 0, step = 0;  // of random numbers
   DecayRule decay_rule{};
   EpsilonRule epsilon_rule{};
   AverageMode average_mode{};
@@ -39,12 +40,13 @@ struct Scalars {
   std::int8_t gradient_sign = 0;
 };
 
-// Sets what follows from the learning rate and the step. Before, `decay` is the weight decay.
+// Sets what follows from the learning rate and the number of the step. Before, `decay` is the weight decay.
 ADAMAX_HOST_DEVICE void set_rate(Scalars& s, double learning_rate, double bias_correction,
-                                 bool is_first) {
+                                 std::int64_t step) {
   s.rate = learning_rate / bias_correction;
   if (s.decay_rule == DecayRule::kDecoupled) s.decay = learning_rate * s.decay;
-  s.average_mode = is_first ? AverageMode::kStart : AverageMode::kRunning;
+  s.average_mode = step == 1 ? AverageMode::kStart : AverageMode::kRunning;
+  s.step = static_cast<std::uint64_t>(step);
 }
 
 struct Group;
@@ -65,5 +67,7 @@ Scalars make_scalars(const Group& group, const Call& call, double bias_correctio
 // Throws std::invalid_argument if a scalar, made of a group and a call, is lost in float32: an
 // epsilon that becomes 0, a rate that becomes infinite.
 void require_float32(const Scalars& scalars, const Group& group, const Call& call);
+// Throws std::invalid_argument for settings that state in 8 bits cannot have.
+void require_8_bits(const Group& group);
 
 }  // namespace adamax

@@ -44,13 +44,23 @@ struct VectorScalars {
 template <class T>
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-102 : 0x1p-960);
 
+// The gradient that moves the moments: clipped, and with the L2 decay.
+template <class V>
+ADAMAX_HOST_DEVICE V limited(V h, V w, DecayRule decay, const VectorScalars<V>& s) {
+  if (s.clips) h = clamp(h * s.clip_scale, s.clip_value);
+  return decay == DecayRule::kL2 ? h + w * s.decay : h;
+}
+template <class V>
+ADAMAX_HOST_DEVICE V decayed(V w, DecayRule decay, const VectorScalars<V>& s) {
+  return decay == DecayRule::kDecoupled ? w - w * s.decay : w;
+}
+
 // `h` is the gradient after unscaling and averaging over micro-batches.
 template <class V>
 ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRule epsilon,
                                const VectorScalars<V>& s) {
-  if (s.clips) h = clamp(h * s.clip_scale, s.clip_value);
-  if (decay == DecayRule::kDecoupled) w = w - w * s.decay;
-  if (decay == DecayRule::kL2) h = h + w * s.decay;
+  h = limited(h, w, decay, s);
+  w = decayed(w, decay, s);
 
   const V tiny(kTiny<typename V::Scalar>);
   const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);

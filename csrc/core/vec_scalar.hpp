@@ -82,11 +82,39 @@ ADAMAX_HOST_DEVICE void to_storage(float x, BFloat16& stored) { stored = to_bflo
 template <class T>
 struct Vec {
   using Scalar = T;
+  using Bits = std::uint32_t;  // of a float
   static constexpr int kLanes = 1;
   T v;
 
   Vec() = default;
   ADAMAX_HOST_DEVICE explicit Vec(T value) : v(value) {}
+
+  ADAMAX_HOST_DEVICE Bits bits() const { return bit_cast<Bits>(v); }
+  ADAMAX_HOST_DEVICE static Vec from_bits(Bits bits) { return Vec(bit_cast<T>(bits)); }
+  ADAMAX_HOST_DEVICE static std::int32_t ints(Bits bits) { return static_cast<std::int32_t>(bits); }
+  ADAMAX_HOST_DEVICE static Bits unsigned_bits(std::int32_t ints) {
+    return static_cast<Bits>(ints);
+  }
+  // 0, 1, 2, ...
+  ADAMAX_HOST_DEVICE static Bits counted() { return 0; }
+  // Integers of 8, 16 or 32 bits; the sign of a signed one is extended.
+  template <class S>
+  ADAMAX_HOST_DEVICE static Bits load_bits(const S* p) {
+    S stored;
+    __builtin_memcpy(&stored, p, sizeof(S));
+    return static_cast<Bits>(stored);
+  }
+  template <class S>
+  ADAMAX_HOST_DEVICE static void store_bits(Bits bits, S* p) {
+    const S stored = static_cast<S>(bits);
+    __builtin_memcpy(p, &stored, sizeof(S));
+  }
+  // Four vectors of signed integers as bytes; what those have no room for becomes the largest.
+  template <class S>
+  ADAMAX_HOST_DEVICE static void store_bytes(const Bits (&bits)[4], S* p) {
+    constexpr std::int32_t kMost = static_cast<S>(-1) < 0 ? 127 : 255;
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<S>(ints(bits[k]) < kMost ? ints(bits[k]) : kMost);
+  }
 
   // memcpy: the address may have any alignment.
   template <class S>

@@ -22,6 +22,9 @@ struct Slice {
   std::int64_t begin, end;
   double clip = 1.0;  // the coefficient of clipping by norm
   std::int64_t ahead = kAheadInCaches;
+  // For random numbers: which variable it is, and where in it element 0 lies.
+  std::uint32_t variable = 0;
+  std::int64_t first_element = 0;
 };
 
 using Kernel = void (*)(const Arrays&, const Scalars&, const Slice&);
@@ -35,10 +38,12 @@ using SquaresKernel = bool (*)(const Arrays&, std::int64_t begin, std::int64_t e
 struct KernelTable {
   const char* isa;
   const char* features;  // of the processor that its code needs, separated by spaces
-  // A loop is compiled for each set of memory streams; the rules are a switch above the loop.
+  // A loop is compiled for each set of memory streams; the rules are a switch above the loop. Null
+  // where a storage does not exist. One that is not plain works in tiles, and begins at a multiple of
+  // kStateBlock.
   Kernel update[kNumStorages][2][2];     // without and with an average, an accumulator
   Kernel accumulate[kNumDTypes];         // by the gradient's dtype
-  Kernel average[kNumDTypes];            // by the parameter's dtype
+  Kernel average[kNumDTypes][2];         // by the parameter's dtype; whether it has a remainder
   SquaresKernel squares[kNumDTypes][2];  // by the gradient's dtype; whether finiteness is asked for
 };
 

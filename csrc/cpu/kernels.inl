@@ -73,7 +73,7 @@ void update_loop(const Arrays& memory, const Scalars& scalars, const Slice& slic
   using T = typename TypeOf<storage.param>::Compute;
   using V = typename VectorOf<T>::Type;
   using Param = typename TypeOf<storage.param>::Stored;
-  using State = typename TypeOf<storage.state>::Stored;
+  using State = T;
   auto* const param = static_cast<Param*>(memory.param);
   auto* const grad = static_cast<const typename TypeOf<storage.grad>::Stored*>(memory.grad);
   auto* const momentum = static_cast<State*>(memory.momentum);
@@ -140,7 +140,7 @@ void update_by_rule(const Arrays& memory, const Scalars& scalars, const Slice& s
 template <Storage storage, bool average, bool accumulator>
 void update_variable(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
   // A gradient that is not there has the type of the accumulator.
-  if constexpr (accumulator && storage.grad == storage.state) {
+  if constexpr (accumulator && storage.grad == compute_dtype(storage.param)) {
     if (memory.grad == nullptr) {
       return update_by_rule<storage, Touched{false, average, true}>(memory, scalars, slice);
     }
@@ -180,6 +180,8 @@ void average_loop(const Arrays& memory, const Scalars& scalars, const Slice& sli
     if (scalars.overwrite) access.store(average, param + i);
   });
 }
+
+#include "cpu/tiles.inl"
 
 template <DType grad_dtype, bool asks_finite, bool has_grad>
 bool squares_loop(const Arrays& memory, std::int64_t begin, std::int64_t end,
@@ -256,10 +258,16 @@ bool sum_squares(const Arrays& memory, std::int64_t begin, std::int64_t end, con
 
 template <Storage storage>
 constexpr void fill_updates(Kernel (&update)[2][2]) {
-  update[0][0] = update_variable<storage, false, false>;
-  update[0][1] = update_variable<storage, false, true>;
-  update[1][0] = update_variable<storage, true, false>;
-  update[1][1] = update_variable<storage, true, true>;
+  if constexpr (is_plain(storage)) {
+    update[0][0] = update_variable<storage, false, false>;
+    update[0][1] = update_variable<storage, false, true>;
+    update[1][0] = update_variable<storage, true, false>;
+    update[1][1] = update_variable<storage, true, true>;
+  } else if constexpr (exists(storage)) {
+    for (auto& by_accumulator : update) {
+      for (Kernel& kernel : by_accumulator) kernel = update_in_tiles<storage>;
+    }
+  }
 }
 
 template <int... storages, int... dtypes>
@@ -269,9 +277,10 @@ constexpr KernelTable fill_table(const char* isa, const char* features,
   KernelTable table{};
   table.isa = isa;
   table.features = features;
-  (fill_updates<kStorages[storages]>(table.update[storages]), ...);
+  (fill_updates<storage_at(storages)>(table.update[storages]), ...);
   ((table.accumulate[dtypes] = accumulate_loop<static_cast<DType>(dtypes)>), ...);
-  ((table.average[dtypes] = average_loop<static_cast<DType>(dtypes)>), ...);
+  ((table.average[dtypes][0] = average_loop<static_cast<DType>(dtypes)>), ...);
+  table.average[static_cast<int>(DType::kBFloat16)][1] = average_in_tiles;
   ((table.squares[dtypes][0] = sum_squares<static_cast<DType>(dtypes), false>), ...);
   ((table.squares[dtypes][1] = sum_squares<static_cast<DType>(dtypes), true>), ...);
   return table;

@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include "core/low_state.hpp"
+#include "core/random.hpp"
 #include "core/update_rule.hpp"
 #include "cpu/kernel_table.hpp"
 
@@ -31,8 +33,32 @@ inline Words to_float16(Floats x) {
 inline FloatBits extended(Words x) {
   return reinterpret_cast<FloatBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
 }
+inline FloatBits extended(Bytes x) {
+  return reinterpret_cast<FloatBits>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(x)));
+}
+inline FloatInts extended(SignedWords x) {
+  return reinterpret_cast<FloatInts>(_mm512_cvtepi16_epi32(reinterpret_cast<__m256i>(x)));
+}
+inline FloatInts extended(SignedBytes x) {
+  return reinterpret_cast<FloatInts>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(x)));
+}
 inline Words truncated(FloatBits x) {
   return reinterpret_cast<Words>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+}
+
+// Packing works in quarters of a register: runs of 4, of which those of one vector lie 4 apart.
+inline __m512i words(FloatInts a, FloatInts b) {
+  return _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+}
+inline __m512i in_order(__m512i runs) {
+  return _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), runs);
+}
+inline FourBytes limited_to_bytes(const FloatInts (&x)[4]) {
+  return reinterpret_cast<FourBytes>(in_order(_mm512_packus_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+}
+inline FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]) {
+  return reinterpret_cast<FourSignedBytes>(in_order(_mm512_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
 }
 
 inline Doubles lower_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }

@@ -1,6 +1,8 @@
 // The kernels with one element at a time, for any processor.
 #include <utility>
 
+#include "core/low_state.hpp"
+#include "core/random.hpp"
 #include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 #include "cpu/kernel_table.hpp"

@@ -8,6 +8,7 @@
 
 #include "adamax/adamax.hpp"
 #include "core/fp_mode.hpp"
+#include "core/low_state.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/sums.hpp"
@@ -20,7 +21,8 @@ namespace {
 
 constexpr std::int64_t kMoreThanCaches = 64 * 1024 * 1024;  // bytes read by a call
 
-// What a row reads, for the number of threads: four streams, or the gradient alone.
+// What a row reads, for the number of threads: four streams, or the gradient alone. Smaller ones
+// count as much, because they are no less work.
 std::int64_t bytes_read(const Row& row) {
   const std::size_t bytes = row.operation == Operation::kNone
                                 ? itemsize(row.grad_dtype())
@@ -39,7 +41,7 @@ Kernel kernel_for(const KernelTable& table, const Row& row) {
     case Operation::kAccumulate:
       return table.accumulate[static_cast<int>(row.grad_dtype())];
     case Operation::kAverage:
-      return table.average[static_cast<int>(row.param_dtype())];
+      return table.average[static_cast<int>(row.param_dtype())][row.memory.remainder != nullptr];
   }
   __builtin_unreachable();
 }
@@ -50,7 +52,7 @@ Kernel kernel_for(const KernelTable& table, const Row& row) {
 std::int64_t head_of(const Row& row, const Piece& piece) {
   constexpr std::int64_t kLeast = 8192;
   constexpr std::size_t kCacheLine = 64;
-  if (piece.end - piece.begin < kLeast) return 0;
+  if (piece.end - piece.begin < kLeast || !is_plain(storage_at(row.storage))) return 0;
   const Arrays& memory = row.memory;
   const void* const state = row.operation == Operation::kUpdate    ? memory.momentum
                             : row.operation == Operation::kAverage ? memory.average
@@ -58,6 +60,18 @@ std::int64_t head_of(const Row& row, const Piece& piece) {
   const std::size_t size = itemsize(compute_dtype(row.param_dtype()));
   const auto first = reinterpret_cast<std::uintptr_t>(state) + piece.begin * size;
   return static_cast<std::int64_t>(-first % kCacheLine / size);
+}
+
+// When nobody reads them any more.
+void decay_variable_scales(const Program& program) {
+  for (const Row& row : program.rows) {
+    if (row.operation != Operation::kUpdate ||
+        storage_at(row.storage).state != StateFormat::k16Bits) {
+      continue;
+    }
+    float& scale = *row.memory.norm_scale;
+    scale = next_variable_scale(scale, static_cast<float>(program.groups[row.group].beta_2));
+  }
 }
 
 Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
@@ -100,7 +114,8 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
         const Kernel kernel = kernel_for(table, row);
         if (kernel == nullptr) continue;
         const auto work_on = [&](std::int64_t begin, std::int64_t end) {
-          kernel(row.memory, program.groups[row.group], {begin, end, sums.clip(piece.row), ahead});
+          kernel(row.memory, program.groups[row.group],
+                 {begin, end, sums.clip(piece.row), ahead, row.number, row.first_element});
         };
         const std::int64_t aligned = piece.begin + head_of(row, piece);
         if (aligned > piece.begin) work_on(piece.begin, aligned);
@@ -110,6 +125,7 @@ Outcome run(const Queue&, const Workspace& workspace, const Program& program) {
   };
   // By reference: without a copy on the heap.
   run_parallel(threads, std::ref(work_of_thread));
+  if (sums.outcome().is_finite) decay_variable_scales(program);
   return sums.outcome();
 }
 

@@ -8,7 +8,13 @@
 using Floats [[gnu::vector_size(kVectorBytes)]] = float;
 using Doubles [[gnu::vector_size(kVectorBytes)]] = double;
 using FloatBits [[gnu::vector_size(kVectorBytes)]] = std::uint32_t;
+using FloatInts [[gnu::vector_size(kVectorBytes)]] = std::int32_t;
 using Words [[gnu::vector_size(kVectorBytes / 2)]] = std::uint16_t;  // as many as Floats
+using SignedWords [[gnu::vector_size(kVectorBytes / 2)]] = std::int16_t;
+using Bytes [[gnu::vector_size(kVectorBytes / 4)]] = std::uint8_t;
+using SignedBytes [[gnu::vector_size(kVectorBytes / 4)]] = std::int8_t;
+using FourBytes [[gnu::vector_size(kVectorBytes)]] = std::uint8_t;  // as many as four Floats
+using FourSignedBytes [[gnu::vector_size(kVectorBytes)]] = std::int8_t;
 
 Floats magnitude(Floats x);
 Doubles magnitude(Doubles x);
@@ -18,9 +24,15 @@ Doubles larger(Doubles a, Doubles b);
 // IEEE half precision, to the nearest.
 Floats from_float16(Words x);
 Words to_float16(Floats x);
-// Zeros above, and without what is above, which is zero.
+// Zeros above, or copies of the sign; and without what is above, which is zero.
 FloatBits extended(Words x);
+FloatBits extended(Bytes x);
+FloatInts extended(SignedWords x);
+FloatInts extended(SignedBytes x);
 Words truncated(FloatBits x);
+// In order; each is taken to fit in 16 bits, and limited to what fits in 8.
+FourBytes limited_to_bytes(const FloatInts (&x)[4]);
+FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]);
 Doubles lower_half(Floats x);
 Doubles upper_half(Floats x);
 
@@ -43,6 +55,35 @@ struct Vec {
   template <class Half>
   void store(Half* p) const {
     at<Words>(p).v = to(Half{});
+  }
+
+  // Of floats, as integers: the words of core/bfloat16.hpp, core/low_state.hpp and core/random.hpp.
+  using Bits = FloatBits;
+  Bits bits() const { return reinterpret_cast<Bits>(v); }
+  static Vec from_bits(Bits bits) { return Vec(reinterpret_cast<Lanes>(bits)); }
+  static FloatInts ints(Bits bits) { return reinterpret_cast<FloatInts>(bits); }
+  static Bits unsigned_bits(FloatInts ints) { return reinterpret_cast<Bits>(ints); }
+  static Bits counted() {
+    Bits count{};
+    for (int lane = 0; lane < kLanes; ++lane) count[lane] = lane;
+    return count;
+  }
+  static Bits load_bits(const std::uint8_t* p) { return extended(at<Bytes>(p).v); }
+  static Bits load_bits(const std::uint16_t* p) { return extended(at<Words>(p).v); }
+  static Bits load_bits(const std::int8_t* p) {
+    return unsigned_bits(extended(at<SignedBytes>(p).v));
+  }
+  static Bits load_bits(const std::int16_t* p) {
+    return unsigned_bits(extended(at<SignedWords>(p).v));
+  }
+  static void store_bits(Bits bits, std::uint32_t* p) { at<Bits>(p).v = bits; }
+  static void store_bits(Bits bits, std::uint16_t* p) { at<Words>(p).v = truncated(bits); }
+  static void store_bytes(const Bits (&bits)[4], std::uint8_t* p) {
+    at<FourBytes>(p).v = limited_to_bytes({ints(bits[0]), ints(bits[1]), ints(bits[2]), ints(bits[3])});
+  }
+  static void store_bytes(const Bits (&bits)[4], std::int8_t* p) {
+    at<FourSignedBytes>(p).v =
+        limited_to_signed_bytes({ints(bits[0]), ints(bits[1]), ints(bits[2]), ints(bits[3])});
   }
 
   // The value as a store to that type and a load would give it back.

@@ -81,7 +81,7 @@ struct MakeGroups {
       }
     }
     const double bias = step >= 1 ? bias_correction(row.device.beta_1, step) : __builtin_nan("");
-    set_rate(s, learning_rate, bias, /*is_first=*/step == 1);
+    set_rate(s, learning_rate, bias, step);
     if (floats != nullptr) floats[row.group] = GroupScalars<scalar::F32>(s);
     if (doubles != nullptr) doubles[row.group] = GroupScalars<scalar::F64>(s);
   }

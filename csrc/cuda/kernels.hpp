@@ -51,13 +51,13 @@ struct Elementwise {
 };
 
 template <int storage, bool has_average, bool has_accumulator, bool is_small>
-struct Update : Elementwise<Vector<kStorages[storage].param>, is_small> {
+struct Update : Elementwise<Vector<storage_at(storage).param>, is_small> {
   static constexpr const char* kName = "update";
-  using V = Vector<kStorages[storage].param>;
+  using V = Vector<storage_at(storage).param>;
   using T = typename V::Scalar;
-  using Param = Stored<kStorages[storage].param>;
-  using Grad = Stored<kStorages[storage].grad>;
-  using State = Stored<kStorages[storage].state>;
+  using Param = Stored<storage_at(storage).param>;
+  using Grad = Stored<storage_at(storage).grad>;
+  using State = T;
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     const auto piece = this->table.piece_of(place.block);

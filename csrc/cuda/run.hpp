@@ -198,14 +198,16 @@ class Run {
 
   template <int storage>
   void launch_updates() {
-    launch_update<storage, false, false>();
-    launch_update<storage, false, true>();
-    launch_update<storage, true, false>();
-    launch_update<storage, true, true>();
+    if constexpr (is_plain(storage_at(storage)) && exists(storage_at(storage))) {
+      launch_update<storage, false, false>();
+      launch_update<storage, false, true>();
+      launch_update<storage, true, false>();
+      launch_update<storage, true, true>();
+    }
   }
   template <int storage, bool has_average, bool has_accumulator>
   void launch_update() {
-    launch_elementwise<Vector<kStorages[storage].param>>(
+    launch_elementwise<Vector<storage_at(storage).param>>(
         updates_[storage][has_average][has_accumulator],
         [](auto is_small) { return Update<storage, has_average, has_accumulator, is_small>{}; });
   }

@@ -129,8 +129,10 @@ Variable read_variable(const Buffers& arguments, const Counts& counts, std::int6
   const Buffer& momentum = checked("mu", counts.leaves + i);
   const Buffer& norm = checked("nu", 2 * counts.leaves + i);
   const DType dtype = dtype_of(param, label("params")), state = dtype_of(momentum, label("mu"));
+  require(state == compute_dtype(dtype),
+          label("mu") + " is not of the type in which its parameter is computed");
   require(dtype_of(norm, label("nu")) == state, label("nu") + " has another type than mu");
-  Variable variable{{param.data, nullptr, momentum.data, norm.data}, size, {dtype, dtype, state}};
+  Variable variable{{param.data, nullptr, momentum.data, norm.data}, size, {dtype, dtype}};
   if (i < counts.gradients) {
     const Buffer& grad = checked("grads", counts.count() + 1 + i);
     variable.memory.grad = grad.data;

@@ -125,7 +125,8 @@ void do_call(std::size_t num_variables) {
   std::vector<adamax::ConstBuffer> gradients;
   for (auto& present : arrays) {
     adamax::Variable variable{};
-    variable.storage = adamax::kStorages[integer()];
+    const adamax::DTypePair pair = adamax::kPairs[integer()];
+    variable.storage = {pair.param, pair.grad};
     variable.size = integer();
     variable.has_accumulated = number() != 0;
     const auto offset = integer<std::size_t>();
@@ -134,7 +135,7 @@ void do_call(std::size_t num_variables) {
       present.emplace_back(variable.size * adamax::itemsize(dtype), offset);
       return present.back().data();
     };
-    const auto [param, grad, state] = variable.storage;
+    const adamax::DType param = pair.param, grad = pair.grad, state = adamax::compute_dtype(param);
     adamax::Arrays& memory = variable.memory;
     memory.param = read_array(param);
     memory.grad = read_array(grad);

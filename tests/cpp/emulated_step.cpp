@@ -71,7 +71,8 @@ extern "C" [[gnu::visibility("default")]] const char* emulated_step(
 #endif
   std::vector<adamax::Variable> made;
   for (const TestVariable& v : std::span(variables, num_variables)) {
-    made.push_back({v.memory, v.size, adamax::kStorages[v.storage], v.group});
+    const adamax::DTypePair pair = adamax::kPairs[v.storage];
+    made.push_back({v.memory, v.size, {pair.param, pair.grad}, v.group});
   }
   std::vector<adamax::Group> made_groups;
   for (const TestGroup& g : std::span(groups, num_groups)) {

@@ -14,7 +14,7 @@ ROLES = ("param", "grad", "m", "u", "average", "accumulator")
 
 
 class Variable(ctypes.Structure):
-    _fields_ = [(role, MEMORY) for role in ROLES] + [
+    _fields_ = [(role, MEMORY) for role in (*ROLES, "norm_scale", "remainder")] + [
         ("size", I64),
         ("storage", I32),
         ("group", ctypes.c_uint32),
@@ -55,7 +55,7 @@ def address(array):
 def variable_of(arrays, group):
     pair = (arrays["param"].dtype.name, arrays["grad"].dtype.name)
     memory = [address(arrays.get(role)) for role in ROLES]
-    return Variable(*memory, arrays["param"].size, PAIRS.index(pair), group)
+    return Variable(*memory, None, None, arrays["param"].size, PAIRS.index(pair), group)
 
 
 def group_of(

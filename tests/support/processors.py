@@ -95,7 +95,7 @@ class Processor:
         for index, arrays in enumerate(variables):
             param, grad = arrays["param"], arrays.get("grad")
             grad_name = compute_dtype(param.dtype).name if grad is None else grad.dtype.name
-            storage = PAIRS.index((param.dtype.name, grad_name))  # in the order of kStorages
+            storage = PAIRS.index((param.dtype.name, grad_name))  # in the order of kPairs
             numbers(storage, param.size, index in accumulated, offset)
             for role in ROLES:
                 array = arrays.get(role)

@@ -37,6 +37,7 @@ struct Group {
   double ema_momentum = 0.99;
   std::int64_t step = 1;      // number of this update, from 1
   bool maximize = false;      // ascend
+  std::uint64_t seed = 0;     // of the random numbers of rounding: the same seed, the same bits
   DeviceScalars device = {};  // numbers in the memory of a GPU: cuda.hpp
 };
 
@@ -73,6 +74,10 @@ struct Variable {
   std::int64_t size;  // elements
   Storage storage;
   std::uint32_t group = 0;  // index into the groups of the call
+  // For random numbers: a number that tells the variable from others with the same seed, and, where
+  // this is a part of one, the element of it with which the part begins, a multiple of kStateBlock.
+  std::uint32_t number = 0;
+  std::int64_t first_element = 0;
   // Its accumulator holds gradients of earlier micro-batches: an update without a gradient is then
   // one with a gradient of zero.
   bool has_accumulated = false;
@@ -111,7 +116,7 @@ Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> m
   return {{param.data(), or_null(grad), momentum.data(), norm.data(), or_null(average),
            or_null(accumulator)},
           static_cast<std::int64_t>(param.size()),
-          {dtype_of<P>(), dtype_of<std::remove_const_t<G>>(), dtype_of<state_t<P>>()}};
+          {dtype_of<P>(), dtype_of<std::remove_const_t<G>>()}};
 }
 
 // Does one training step in place, all groups together. Returns false, with nothing changed, if
@@ -149,12 +154,7 @@ int get_num_threads();
 std::string_view dtype_name(DType dtype);
 // Bytes of an element in memory.
 constexpr std::size_t itemsize(DType dtype) {
-  constexpr std::size_t kSizes[] = {4, 8, 2, 2};
+  constexpr std::size_t kSizes[] = {4, 8, 2, 2, 1, 1, 2, 2};
   return kSizes[static_cast<int>(dtype)];
 }
-// The type in which a parameter of that type is computed, and in which its state is kept.
-constexpr DType compute_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
-
 }  // namespace adamax

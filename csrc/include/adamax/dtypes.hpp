@@ -7,8 +7,18 @@
 
 namespace adamax {
 
-enum class DType : std::uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
-constexpr int kNumDTypes = 4;
+enum class DType : std::uint8_t {
+  kFloat32,
+  kFloat64,
+  kFloat16,
+  kBFloat16,
+  // Only for state that is kept in fewer bits: codes, remainders, and bfloat16 as its bits.
+  kInt8,
+  kUInt8,
+  kInt16,
+  kUInt16,
+};
+constexpr int kNumDTypes = 4;  // of parameters and gradients: those that come first
 
 // Sixteen bits in memory; arithmetic is done in float32.
 struct Float16 {
@@ -42,27 +52,66 @@ struct TypeOf<DType::kBFloat16> {
   using Compute = float;
 };
 
-// How a variable lies in memory. `state` is that of the first moment, the infinity norm, the
-// average and the accumulator.
+// The type in which a parameter of that type is computed, and in which its state is kept if that is
+// not to be smaller.
+constexpr DType compute_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// How the first moment and the infinity norm lie in memory. Average and accumulator are always of the
+// type in which a variable is computed.
+enum class StateFormat : std::uint8_t {
+  kFull,    // in the type in which the variable is computed
+  k16Bits,  // bfloat16, with one scale a variable
+  k8Bits,   // codes, with one scale for each block of kStateBlock elements
+};
+constexpr int kNumStateFormats = 3;
+constexpr std::int64_t kStateBlock = 256;
+
+// What becomes of the bits of a weight that bfloat16 has no room for.
+enum class WeightRounding : std::uint8_t {
+  kNearest,     // lost, and with them every step that is small beside the weight
+  kStochastic,  // they are the probability with which the weight is rounded away from zero
+  kRemainder,   // kept in an array of 16 bits beside it
+};
+constexpr int kNumWeightRoundings = 3;
+
 struct Storage {
   DType param;
   DType grad;
-  DType state;
+  StateFormat state = StateFormat::kFull;
+  WeightRounding rounding = WeightRounding::kNearest;
 
   bool operator==(const Storage&) const = default;
 };
 
-// Every accepted combination. Kernels and error messages are generated from this list.
-constexpr Storage kStorages[] = {
-    {DType::kFloat32, DType::kFloat32, DType::kFloat32},
-    {DType::kFloat32, DType::kFloat16, DType::kFloat32},
-    {DType::kFloat32, DType::kBFloat16, DType::kFloat32},
-    {DType::kFloat64, DType::kFloat64, DType::kFloat64},
-    {DType::kFloat16, DType::kFloat16, DType::kFloat32},
-    {DType::kFloat16, DType::kFloat32, DType::kFloat32},
-    {DType::kBFloat16, DType::kBFloat16, DType::kFloat32},
-    {DType::kBFloat16, DType::kFloat32, DType::kFloat32},
+struct DTypePair {
+  DType param, grad;
 };
-constexpr int kNumStorages = sizeof(kStorages) / sizeof(kStorages[0]);
+// Every accepted pair of dtypes. Kernels and error messages are generated from this list.
+constexpr DTypePair kPairs[] = {
+    {DType::kFloat32, DType::kFloat32},   {DType::kFloat32, DType::kFloat16},
+    {DType::kFloat32, DType::kBFloat16},  {DType::kFloat64, DType::kFloat64},
+    {DType::kFloat16, DType::kFloat16},   {DType::kFloat16, DType::kFloat32},
+    {DType::kBFloat16, DType::kBFloat16}, {DType::kBFloat16, DType::kFloat32},
+};
+constexpr int kNumPairs = sizeof(kPairs) / sizeof(kPairs[0]);
+
+// Each pair with each format and rounding, those that do not exist among them.
+constexpr int kNumStorages = kNumPairs * kNumStateFormats * kNumWeightRoundings;
+constexpr Storage storage_at(int index) {
+  const DTypePair pair = kPairs[index / kNumWeightRoundings / kNumStateFormats];
+  return {pair.param, pair.grad,
+          static_cast<StateFormat>(index / kNumWeightRoundings % kNumStateFormats),
+          static_cast<WeightRounding>(index % kNumWeightRoundings)};
+}
+constexpr bool exists(const Storage& storage) {
+  if (storage.param == DType::kFloat64 && storage.state != StateFormat::kFull) return false;
+  return storage.rounding == WeightRounding::kNearest || storage.param == DType::kBFloat16;
+}
+// What takes no random numbers, no scales and no remainder: the step is the formula and nothing else.
+constexpr bool is_plain(const Storage& storage) {
+  return storage.state == StateFormat::kFull && storage.rounding == WeightRounding::kNearest;
+}
 
 }  // namespace adamax
