@@ -61,7 +61,15 @@ void require_dense(const Buffer& buffer, const Label& label);
 // Throws TypeError, naming both types, unless there is a storage with both.
 void require_pair(const Buffer& param, const Label& param_label, const Buffer& grad,
                   const Label& grad_label);
-// Throws TypeError unless the dtype is the one in which `param` keeps its state.
-void require_state_dtype(const Buffer& buffer, const Label& label, const Buffer& param);
+// The format of the state of `param`, by its first moment; throws TypeError if it is none.
+StateFormat state_format(const Buffer& momentum, const Label& label, const Buffer& param);
+// Throw TypeError or ValueError unless the array is what `param` keeps in a format: an average or
+// an accumulator, its norm, the scales of that, and what its weights do not hold.
+void require_computed(const Buffer& buffer, const Label& label, const Buffer& param);
+void require_norm(const Buffer& buffer, const Label& label, const Buffer& param,
+                  StateFormat format);
+void require_norm_scale(const Buffer& buffer, const Label& label, const Buffer& param,
+                        StateFormat format);
+void require_remainder(const Buffer& buffer, const Label& label, const Buffer& param);
 
 }  // namespace adamax::bindings

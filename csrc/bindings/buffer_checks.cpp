@@ -51,12 +51,65 @@ void require_pair(const Buffer& param, const Label& param_label, const Buffer& g
                        accepted);
 }
 
-void require_state_dtype(const Buffer& buffer, const Label& label, const Buffer& param) {
+namespace {
+
+[[noreturn]] void throw_state_dtype(const Buffer& buffer, const Label& label,
+                                    const std::string& expected, const Buffer& param) {
+  throw py::type_error(label.text() + " has dtype " + std::string(dtype_name(buffer.dtype)) +
+                       "; expected " + expected + " for a " + std::string(dtype_name(param.dtype)) +
+                       " parameter");
+}
+
+bool holds_bfloat16(const Buffer& buffer) {
+  return buffer.dtype == DType::kBFloat16 || buffer.dtype == DType::kUInt16;
+}
+
+}  // namespace
+
+void require_computed(const Buffer& buffer, const Label& label, const Buffer& param) {
   const DType expected = compute_dtype(param.dtype);
   if (buffer.dtype == expected) return;
-  throw py::type_error(label.text() + " has dtype " + std::string(dtype_name(buffer.dtype)) +
-                       "; expected " + std::string(dtype_name(expected)) + " for a " +
-                       std::string(dtype_name(param.dtype)) + " parameter");
+  throw_state_dtype(buffer, label, std::string(dtype_name(expected)), param);
+}
+
+StateFormat state_format(const Buffer& momentum, const Label& label, const Buffer& param) {
+  const DType computed = compute_dtype(param.dtype);
+  if (momentum.dtype == computed) return StateFormat::kFull;
+  if (computed == DType::kFloat64) require_computed(momentum, label, param);
+  if (holds_bfloat16(momentum)) return StateFormat::k16Bits;
+  if (momentum.dtype == DType::kInt8) return StateFormat::k8Bits;
+  throw_state_dtype(momentum, label,
+                    "float32 (or bfloat16, uint16 or int8 for state in fewer bits)", param);
+}
+
+void require_norm(const Buffer& buffer, const Label& label, const Buffer& param,
+                  StateFormat format) {
+  if (format == StateFormat::kFull) return require_computed(buffer, label, param);
+  const bool is_16 = format == StateFormat::k16Bits;
+  if (is_16 ? holds_bfloat16(buffer) : buffer.dtype == DType::kUInt8) return;
+  throw_state_dtype(buffer, label,
+                    is_16 ? "bfloat16 or uint16, beside a first moment in 16 bits,"
+                          : "uint8, beside a first moment in int8,",
+                    param);
+}
+
+void require_norm_scale(const Buffer& buffer, const Label& label, const Buffer& param,
+                        StateFormat format) {
+  if (buffer.dtype != DType::kFloat32) throw_state_dtype(buffer, label, "float32", param);
+  require_same_device(buffer, label, param, {"its parameter"});
+  require_dense(buffer, label);
+  const std::int64_t expected =
+      format == StateFormat::k16Bits ? 1 : (param.size + kStateBlock - 1) / kStateBlock;
+  if (buffer.size == expected) return;
+  throw py::value_error(label.text() + " has " + std::to_string(buffer.size) +
+                        " elements; expected " + std::to_string(expected) +
+                        (format == StateFormat::k16Bits ? " with state in 16 bits"
+                                                        : ", one for each 256 of its parameter"));
+}
+
+void require_remainder(const Buffer& buffer, const Label& label, const Buffer& param) {
+  if (buffer.dtype == DType::kInt16) return;
+  throw_state_dtype(buffer, label, "int16", param);
 }
 
 }  // namespace adamax::bindings

@@ -7,44 +7,85 @@
 #include "bindings/backend.hpp"
 #include "bindings/buffer.hpp"
 #include "bindings/overlap.hpp"
+#include "bindings/settings.hpp"
 
 namespace adamax::bindings {
 
-void update(const py::object& param, const py::object& grad, const py::object& m,
-            const py::object& u, const py::object& average, const Group& group, double grad_scale) {
+void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
+            const py::object& rounding, const VariablePlace& place) {
   Leases leases;
   Streams streams;
   WrittenMemory written;
   std::vector<py::handle> objects;
   Buffer w, buffer;
-  const auto import_written = [&](const py::object& object, const Label& label) -> void* {
-    import_buffer(object, label, Access::kWrite, leases, buffer);
-    if (!objects.empty()) {
-      require_state_dtype(buffer, label, w);
-      require_same_layout(buffer, label, w, {"param"});
-    }
+  const auto note = [&](const py::object& object, const Label& label) -> void* {
     written.add(buffer.data, buffer.bytes(), label);
     streams.add(buffer);
     objects.push_back(object);
     return buffer.data;
   };
   Variable variable{};
-  variable.memory.param = import_written(param, {"param"});
-  w = buffer;
+  Arrays& memory = variable.memory;
+  import_buffer(buffers.param, {"param"}, Access::kWrite, leases, w);
   require_dense(w, {"param"});
-  variable.memory.momentum = import_written(m, {"m"});
-  variable.memory.norm = import_written(u, {"u"});
-  if (!average.is_none()) variable.memory.average = import_written(average, {"average"});
+  buffer = w;
+  memory.param = note(buffers.param, {"param"});
+  variable.size = w.size;
+  variable.storage = {w.dtype, w.dtype};
+  variable.storage.rounding = weight_rounding(rounding, w.dtype, {"param"});
+  variable.number = place.number;
+  variable.first_element = place.first_element;
+
+  StateFormat& format = variable.storage.state;
+  // What has an element for each of the parameter.
+  const auto import_like_param = [&](const py::object& object, const Label& label,
+                                     const auto& check) {
+    import_state(object, label, leases, buffer);
+    check(label);
+    require_same_layout(buffer, label, w, {"param"});
+    return note(object, label);
+  };
+  memory.momentum = import_like_param(
+      buffers.m, {"m"}, [&](const Label& label) { format = state_format(buffer, label, w); });
+  memory.norm = import_like_param(
+      buffers.u, {"u"}, [&](const Label& label) { require_norm(buffer, label, w, format); });
+  if (!buffers.average.is_none()) {
+    memory.average = import_like_param(buffers.average, {"average"}, [&](const Label& label) {
+      require_computed(buffer, label, w);
+    });
+  }
+  // What is there if, and only if, it is needed.
+  const auto require_given = [](const py::object& object, const char* name, bool is_needed,
+                                const std::string& where) {
+    if (object.is_none() != is_needed) return is_needed;
+    throw py::value_error(std::string(name) + " must be " + (is_needed ? "given" : "None") +
+                          " where " + where + "; received " + (is_needed ? "None" : "a buffer"));
+  };
+  const bool is_full = format == StateFormat::kFull;
+  if (require_given(buffers.norm_scale, "norm_scale", !is_full,
+                    is_full ? "m and u are not in fewer bits" : "m and u are in 16 or 8 bits")) {
+    import_state(buffers.norm_scale, {"norm_scale"}, leases, buffer);
+    require_norm_scale(buffer, {"norm_scale"}, w, format);
+    memory.norm_scale = static_cast<float*>(note(buffers.norm_scale, {"norm_scale"}));
+  }
+  const bool has_remainder = variable.storage.rounding == WeightRounding::kRemainder;
+  if (require_given(
+          buffers.remainder, "remainder", has_remainder,
+          has_remainder ? "weight_rounding is 'remainder'" : "no remainder of param is kept")) {
+    memory.remainder = import_like_param(buffers.remainder, {"remainder"}, [&](const Label& label) {
+      require_remainder(buffer, label, w);
+    });
+  }
   written.seal();
-  import_buffer(grad, {"grad"}, Access::kRead, leases, buffer);
+
+  import_buffer(buffers.grad, {"grad"}, Access::kRead, leases, buffer);
   require_pair(w, {"param"}, buffer, {"grad"});
   require_same_layout(buffer, {"grad"}, w, {"param"});
-  std::size_t place = 0;
-  written.require_readable(buffer.memory(), {"grad"}, w.memory(), place);
+  std::size_t grad_place = 0;
+  written.require_readable(buffer.memory(), {"grad"}, w.memory(), grad_place);
   streams.add(buffer);
-  variable.memory.grad = buffer.data;
-  variable.size = w.size;
-  variable.storage = {w.dtype, buffer.dtype};
+  memory.grad = buffer.data;
+  variable.storage.grad = buffer.dtype;
 
   const Program program = make_program({&variable, 1}, {&group, 1}, Call{.grad_scale = grad_scale});
   run_once(w.device, program, streams, leases);

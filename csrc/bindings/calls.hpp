@@ -11,9 +11,19 @@ namespace adamax::bindings {
 
 namespace py = pybind11;
 
-// One step on buffers that the caller owns; `average` may be None.
-void update(const py::object& param, const py::object& grad, const py::object& m,
-            const py::object& u, const py::object& average, const Group& group, double grad_scale);
+// Those of one variable; from the average on, None for what there is not.
+struct UpdateBuffers {
+  py::object param, grad, m, u, average, norm_scale, remainder;
+};
+// What its random numbers follow from, beside the seed and the step of its group.
+struct VariablePlace {
+  std::uint32_t number;
+  std::int64_t first_element;
+};
+
+// One step on buffers that the caller owns.
+void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
+            const py::object& rounding, const VariablePlace& place);
 
 double norm_of_buffers(const py::tuple& buffers);
 

@@ -119,8 +119,19 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       },
       py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"), py::arg("plain_types"));
 
-  m.def("update", &update, py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"),
-        py::kw_only(), py::arg("average"), py::arg("group"), py::arg("grad_scale"));
+  m.def(
+      "update",
+      [](py::object param, py::object grad, py::object m, py::object u, py::object average,
+         py::object norm_scale, py::object remainder, const Group& group, double grad_scale,
+         const py::object& weight_rounding, std::uint32_t variable, std::int64_t first_element) {
+        update({std::move(param), std::move(grad), std::move(m), std::move(u), std::move(average),
+                std::move(norm_scale), std::move(remainder)},
+               group, grad_scale, weight_rounding, {variable, first_element});
+      },
+      py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"), py::kw_only(),
+      py::arg("average"), py::arg("norm_scale"), py::arg("remainder"), py::arg("group"),
+      py::arg("grad_scale"), py::arg("weight_rounding"), py::arg("variable"),
+      py::arg("first_element"));
   m.def("global_norm", &norm_of_buffers, py::arg("buffers"));
   m.def("copy", &copy, py::arg("to"), py::arg("from_"));
   m.def("describe", &describe, py::arg("buffer"), py::arg("role"), py::arg("index"));

@@ -33,10 +33,7 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
     index_by_identity_.emplace(entry.param.ptr(), i);
     has_versions_ = has_versions_ || has_version(entry.param);
 
-    entry.variable = {{param.data},
-                      param.size,
-                      {param.dtype, param.dtype},
-                      groups.at(i)};
+    entry.variable = {{param.data}, param.size, {param.dtype, param.dtype}, groups.at(i)};
     const py::object* const lists[] = {&state.momentum, &state.norm, &state.averages,
                                        &state.accumulators};
     for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
@@ -150,7 +147,7 @@ void Plan::refresh_state(std::size_t i, Leases& leases) {
     void*& known = entry.variable.memory.*kStateMembers[role];
     const Label name = label(kStateRoles[role], i);
     import_buffer(entry.state[role], name, Access::kWrite, leases, now, known);
-    require_state_dtype(now, name, entry.buffer);
+    require_computed(now, name, entry.buffer);
     require_same_layout(now, name, entry.buffer, label("variables", i));
     if (now.data == known) continue;
     written_is_current_ = false;

@@ -6,8 +6,6 @@
 #include <array>
 #include <string>
 
-#include "adamax/adamax.hpp"
-
 namespace adamax::bindings {
 namespace {
 
@@ -57,6 +55,22 @@ void def_clip(py::class_<Call>& call, const char* name) {
 
 }  // namespace
 
+WeightRounding weight_rounding(const py::object& word, DType param, const Label& label) {
+  constexpr std::array kRoundings = {std::pair("nearest", WeightRounding::kNearest),
+                                     std::pair("stochastic", WeightRounding::kStochastic),
+                                     std::pair("remainder", WeightRounding::kRemainder)};
+  for (const auto& [name, rounding] : kRoundings) {
+    if (!py::isinstance<py::str>(word) || !word.equal(py::str(name))) continue;
+    if (rounding == WeightRounding::kNearest || param == DType::kBFloat16) return rounding;
+    if (param != DType::kFloat16) return WeightRounding::kNearest;  // nothing is rounded
+    throw py::type_error(label.text() + " has dtype float16, which weight_rounding '" + name +
+                         "' does not know; expected bfloat16, or weight_rounding 'nearest'");
+  }
+  throw py::value_error(
+      "weight_rounding must be 'nearest', 'stochastic' or 'remainder'; received " +
+      py::cast<std::string>(repr(word)));
+}
+
 void register_settings(py::module_& m) {
   py::class_<Group> group(m, "Group", "Settings that variables share.");
   group.def(py::init<>())
@@ -68,7 +82,8 @@ void register_settings(py::module_& m) {
       .def_readwrite("clipvalue", &Group::clipvalue)
       .def_readwrite("ema_momentum", &Group::ema_momentum)
       .def_readwrite("step", &Group::step)
-      .def_readwrite("maximize", &Group::maximize);
+      .def_readwrite("maximize", &Group::maximize)
+      .def_readwrite("seed", &Group::seed);
   def_word<&Group::decay, kDecays>(group, "decay");
   def_word<&Group::epsilon_rule, kEpsilonModes>(group, "epsilon_mode");
 

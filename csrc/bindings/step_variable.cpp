@@ -97,7 +97,7 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, Leases& leases
 
   const auto import_state = [&](Role role, void*& known) {
     import_buffer(item(arrays, i, role), label(role, i), Access::kWrite, leases, buffer, known);
-    require_state_dtype(buffer, label(role, i), param);
+    require_computed(buffer, label(role, i), param);
     require_same_layout(buffer, label(role, i), param, param_label);
     place(known, buffer);
   };

@@ -18,9 +18,8 @@ int storage_index(const Storage& storage) {
                                         "with a remainder"};
   throw std::invalid_argument("no kernel for " + std::string(dtype_name(storage.param)) +
                               " parameters " + kRoundings[static_cast<int>(storage.rounding)] +
-                              " with " + std::string(dtype_name(storage.grad)) +
-                              " gradients and " + kStates[static_cast<int>(storage.state)] +
-                              " state");
+                              " with " + std::string(dtype_name(storage.grad)) + " gradients and " +
+                              kStates[static_cast<int>(storage.state)] + " state");
 }
 
 [[noreturn]] void refuse(std::size_t variable, const std::string& why) {
@@ -53,7 +52,8 @@ Arrays memory_for(Operation operation, std::size_t i, const Variable& v, const C
     refuse(i, "must have an average to be overwritten with it; received a null pointer");
   }
   if (memory.norm_scale == nullptr && v.storage.state != StateFormat::kFull) {
-    refuse(i, "must have a norm_scale where its state is smaller than full; received a null pointer");
+    refuse(i,
+           "must have a norm_scale where its state is smaller than full; received a null pointer");
   }
   if (memory.remainder == nullptr && v.storage.rounding == WeightRounding::kRemainder) {
     refuse(i, "must have a remainder with WeightRounding::kRemainder; received a null pointer");
@@ -196,7 +196,9 @@ Program make_norm_program(std::span<const ConstBuffer> buffers) {
                             0,
                             static_cast<std::uint8_t>(index),
                             Operation::kNone,
-                            /*is_summed=*/true, 0, 0});
+                            /*is_summed=*/true,
+                            0,
+                            0});
   }
   return program;
 }

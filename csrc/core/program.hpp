@@ -26,7 +26,7 @@ struct Row {
   std::uint32_t group;     // whose scalars count
   std::uint8_t storage;    // storage_at()
   Operation operation;
-  bool is_summed;  // counts for norms and finiteness
+  bool is_summed;        // counts for norms and finiteness
   std::uint32_t number;  // for random numbers
   std::int64_t first_element;
 

@@ -40,7 +40,8 @@ struct Scalars {
   std::int8_t gradient_sign = 0;
 };
 
-// Sets what follows from the learning rate and the number of the step. Before, `decay` is the weight decay.
+// Sets what follows from the learning rate and the number of the step. Before, `decay` is the
+// weight decay.
 ADAMAX_HOST_DEVICE void set_rate(Scalars& s, double learning_rate, double bias_correction,
                                  std::int64_t step) {
   s.rate = learning_rate / bias_correction;

@@ -113,7 +113,8 @@ struct Vec {
   template <class S>
   ADAMAX_HOST_DEVICE static void store_bytes(const Bits (&bits)[4], S* p) {
     constexpr std::int32_t kMost = static_cast<S>(-1) < 0 ? 127 : 255;
-    for (int k = 0; k < 4; ++k) p[k] = static_cast<S>(ints(bits[k]) < kMost ? ints(bits[k]) : kMost);
+    for (int k = 0; k < 4; ++k)
+      p[k] = static_cast<S>(ints(bits[k]) < kMost ? ints(bits[k]) : kMost);
   }
 
   // memcpy: the address may have any alignment.

@@ -39,8 +39,8 @@ struct KernelTable {
   const char* isa;
   const char* features;  // of the processor that its code needs, separated by spaces
   // A loop is compiled for each set of memory streams; the rules are a switch above the loop. Null
-  // where a storage does not exist. One that is not plain works in tiles, and begins at a multiple of
-  // kStateBlock.
+  // where a storage does not exist. One that is not plain works in tiles, and begins at a multiple
+  // of kStateBlock.
   Kernel update[kNumStorages][2][2];     // without and with an average, an accumulator
   Kernel accumulate[kNumDTypes];         // by the gradient's dtype
   Kernel average[kNumDTypes][2];         // by the parameter's dtype; whether it has a remainder

@@ -34,13 +34,15 @@ inline FloatBits extended(Words x) {
   return reinterpret_cast<FloatBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
 }
 inline FloatBits extended(Bytes x) {
-  return reinterpret_cast<FloatBits>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<std::int64_t>(x))));
+  return reinterpret_cast<FloatBits>(
+      _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<std::int64_t>(x))));
 }
 inline FloatInts extended(SignedWords x) {
   return reinterpret_cast<FloatInts>(_mm256_cvtepi16_epi32(reinterpret_cast<__m128i>(x)));
 }
 inline FloatInts extended(SignedBytes x) {
-  return reinterpret_cast<FloatInts>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<std::int64_t>(x))));
+  return reinterpret_cast<FloatInts>(
+      _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<std::int64_t>(x))));
 }
 inline Words truncated(FloatBits x) {
   const auto words = reinterpret_cast<__m256i>(x);
@@ -48,7 +50,8 @@ inline Words truncated(FloatBits x) {
       _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
-// Packing works in halves of a register: four runs of 4 from each vector, of which the first halves come first.
+// Packing works in halves of a register: four runs of 4 from each vector, of which the first halves
+// come first.
 inline __m256i words(FloatInts a, FloatInts b) {
   return _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
 }
@@ -56,10 +59,12 @@ inline __m256i in_order(__m256i runs) {
   return _mm256_permutevar8x32_epi32(runs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 inline FourBytes limited_to_bytes(const FloatInts (&x)[4]) {
-  return reinterpret_cast<FourBytes>(in_order(_mm256_packus_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+  return reinterpret_cast<FourBytes>(
+      in_order(_mm256_packus_epi16(words(x[0], x[1]), words(x[2], x[3]))));
 }
 inline FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]) {
-  return reinterpret_cast<FourSignedBytes>(in_order(_mm256_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+  return reinterpret_cast<FourSignedBytes>(
+      in_order(_mm256_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
 }
 
 inline Doubles lower_half(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }

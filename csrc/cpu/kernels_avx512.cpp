@@ -55,10 +55,12 @@ inline __m512i in_order(__m512i runs) {
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), runs);
 }
 inline FourBytes limited_to_bytes(const FloatInts (&x)[4]) {
-  return reinterpret_cast<FourBytes>(in_order(_mm512_packus_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+  return reinterpret_cast<FourBytes>(
+      in_order(_mm512_packus_epi16(words(x[0], x[1]), words(x[2], x[3]))));
 }
 inline FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]) {
-  return reinterpret_cast<FourSignedBytes>(in_order(_mm512_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+  return reinterpret_cast<FourSignedBytes>(
+      in_order(_mm512_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
 }
 
 inline Doubles lower_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }

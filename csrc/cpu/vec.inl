@@ -79,7 +79,8 @@ struct Vec {
   static void store_bits(Bits bits, std::uint32_t* p) { at<Bits>(p).v = bits; }
   static void store_bits(Bits bits, std::uint16_t* p) { at<Words>(p).v = truncated(bits); }
   static void store_bytes(const Bits (&bits)[4], std::uint8_t* p) {
-    at<FourBytes>(p).v = limited_to_bytes({ints(bits[0]), ints(bits[1]), ints(bits[2]), ints(bits[3])});
+    at<FourBytes>(p).v =
+        limited_to_bytes({ints(bits[0]), ints(bits[1]), ints(bits[2]), ints(bits[3])});
   }
   static void store_bytes(const Bits (&bits)[4], std::int8_t* p) {
     at<FourSignedBytes>(p).v =

@@ -24,6 +24,12 @@ def update(
     clipvalue: float | None = None,
     average: Any = None,
     ema_momentum: float = 0.99,
+    norm_scale: Any = None,
+    remainder: Any = None,
+    weight_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest",
+    seed: int = 0,
+    variable: int = 0,
+    first_element: int = 0,
 ) -> None:
     """Do one fused Adamax step in place.
 
@@ -35,7 +41,8 @@ def update(
         Gradient. The dtype of `param`, or float32 for 16-bit weights, or 16 bits for float32
         weights.
     m, u : buffer of float32 (float64 for float64 weights), same shape and memory order
-        First moment and infinity norm; zeros before the first step; overwritten.
+        First moment and infinity norm; zeros before the first step; overwritten. Also bfloat16 (or
+        uint16 that holds its bits) both, or int8 and uint8: state in 16 or 8 bits.
     step : int
         Number of this update, from 1.
     learning_rate, beta_1, beta_2, epsilon : float
@@ -56,11 +63,24 @@ def update(
         Exponential moving average of the weights; set to them at step 1; overwritten.
     ema_momentum : float
         Share of the old average in the new one.
+    norm_scale : buffer of float32, optional
+        With state in 16 bits one number, 1 before the first step; with state in 8 bits one for each
+        256 elements of `param`, the last perhaps fewer, 0 before the first step; overwritten.
+    remainder : buffer of int16 like `param`, optional
+        What bfloat16 weights do not hold, with ``weight_rounding="remainder"``: zeros before the
+        first step; overwritten.
+    weight_rounding : {"nearest", "stochastic", "remainder"}
+        How bfloat16 weights are stored; of no effect on float32 and float64.
+    seed, variable : int
+        What random numbers follow from, beside `step` and the element: the seed of a training, from
+        0 to 2**64 - 1, and a number for each variable in it, up to 2**32 - 1.
+    first_element : int
+        Where `param` begins in the variable that it is a part of, a multiple of 256.
 
     Raises
     ------
     ValueError
-        A setting out of range; buffers of different size or layout, with gaps, overlapping, or not
+        A setting out of range; `beta_1` not below `beta_2` with state in 8 bits; buffers of different size or layout, with gaps, overlapping, or not
         all in host memory or on one CUDA device.
     TypeError
         An unsupported pair of dtypes, or an object without memory.
@@ -94,7 +114,21 @@ def update(
     group.clipvalue = None if clipvalue is None else _settings.number("clipvalue", clipvalue)
     group.ema_momentum = _settings.number("ema_momentum", ema_momentum)
     scale = _settings.real("grad_scale", grad_scale, "that is finite", lambda x: True)
-    _core.update(param, grad, m, u, average=average, group=group, grad_scale=scale)
+    group.seed = _settings.integer("seed", seed, least=0, most=2**64 - 1)
+    _core.update(
+        param,
+        grad,
+        m,
+        u,
+        average=average,
+        norm_scale=norm_scale,
+        remainder=remainder,
+        group=group,
+        grad_scale=scale,
+        weight_rounding=weight_rounding,
+        variable=_settings.integer("variable", variable, least=0, most=2**32 - 1),
+        first_element=_settings.integer("first_element", first_element, least=0, most=2**63 - 1),
+    )
 
 
 def global_norm(buffers: Iterable[Any]) -> float:

@@ -58,8 +58,8 @@ constexpr DType compute_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// How the first moment and the infinity norm lie in memory. Average and accumulator are always of the
-// type in which a variable is computed.
+// How the first moment and the infinity norm lie in memory. Average and accumulator are always of
+// the type in which a variable is computed.
 enum class StateFormat : std::uint8_t {
   kFull,    // in the type in which the variable is computed
   k16Bits,  // bfloat16, with one scale a variable
@@ -109,7 +109,8 @@ constexpr bool exists(const Storage& storage) {
   if (storage.param == DType::kFloat64 && storage.state != StateFormat::kFull) return false;
   return storage.rounding == WeightRounding::kNearest || storage.param == DType::kBFloat16;
 }
-// What takes no random numbers, no scales and no remainder: the step is the formula and nothing else.
+// What takes no random numbers, no scales and no remainder: the step is the formula and nothing
+// else.
 constexpr bool is_plain(const Storage& storage) {
   return storage.state == StateFormat::kFull && storage.rounding == WeightRounding::kNearest;
 }
