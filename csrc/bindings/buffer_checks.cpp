@@ -54,10 +54,11 @@ void require_pair(const Buffer& param, const Label& param_label, const Buffer& g
 namespace {
 
 [[noreturn]] void throw_state_dtype(const Buffer& buffer, const Label& label,
-                                    const std::string& expected, const Buffer& param) {
+                                    const std::string& expected, const Buffer& param,
+                                    const char* more = "") {
   throw py::type_error(label.text() + " has dtype " + std::string(dtype_name(buffer.dtype)) +
                        "; expected " + expected + " for a " + std::string(dtype_name(param.dtype)) +
-                       " parameter");
+                       " parameter" + more);
 }
 
 bool holds_bfloat16(const Buffer& buffer) {
@@ -78,8 +79,8 @@ StateFormat state_format(const Buffer& momentum, const Label& label, const Buffe
   if (computed == DType::kFloat64) require_computed(momentum, label, param);
   if (holds_bfloat16(momentum)) return StateFormat::k16Bits;
   if (momentum.dtype == DType::kInt8) return StateFormat::k8Bits;
-  throw_state_dtype(momentum, label,
-                    "float32 (or bfloat16, uint16 or int8 for state in fewer bits)", param);
+  throw_state_dtype(momentum, label, "float32", param,
+                    ", or bfloat16, uint16 or int8 for state in fewer bits");
 }
 
 void require_norm(const Buffer& buffer, const Label& label, const Buffer& param,

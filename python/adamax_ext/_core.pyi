@@ -27,6 +27,7 @@ class Group:
     ema_momentum: float
     step: int
     maximize: bool
+    seed: int
     def __init__(self) -> None: ...
 
 class Call:
@@ -91,7 +92,19 @@ def collect(
     plain_types: tuple[type, ...],
 ) -> tuple[list[Any], list[int], list[int]]: ...  # arrays and sizes for step(), and what to inspect
 def update(
-    param: Any, grad: Any, m: Any, u: Any, *, average: Any, group: Group, grad_scale: float
+    param: Any,
+    grad: Any,
+    m: Any,
+    u: Any,
+    *,
+    average: Any,
+    norm_scale: Any,
+    remainder: Any,
+    group: Group,
+    grad_scale: float,
+    weight_rounding: str,
+    variable: int,
+    first_element: int,
 ) -> None: ...
 def global_norm(buffers: tuple[Any, ...]) -> float: ...
 def describe(

@@ -80,8 +80,9 @@ def update(
     Raises
     ------
     ValueError
-        A setting out of range; `beta_1` not below `beta_2` with state in 8 bits; buffers of different size or layout, with gaps, overlapping, or not
-        all in host memory or on one CUDA device.
+        A setting out of range; `beta_1` not below `beta_2` with state in 8 bits; buffers of
+        different size or layout, with gaps, overlapping, or not all in host memory or on one CUDA
+        device.
     TypeError
         An unsupported pair of dtypes, or an object without memory.
     BufferError
