@@ -206,7 +206,10 @@ def test_pairs_of_dtypes(param, grad):
         assert contents(watched) == before
     for role in ("m", "u", "average"):
         for other in filter(is_testable, {grad for _, grad in PAIRS} - {state}):
-            with pytest.raises(TypeError, match=f"^{role} has dtype {other}; expected {state} for"):
+            message = f"{role} has dtype {other}; expected {state} for"
+            if (role, other, state) == ("m", "bfloat16", "float32"):  # it could be state in 16 bits
+                message = "u has dtype float32; expected bfloat16 or uint16, beside a first moment"
+            with pytest.raises(TypeError, match="^" + message):
                 step({**good, role: values(3, dtype=other)})
 
 
