@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kChunk = 65536;  // elements, as in the step
 constexpr int kMaxStreams = 6;
 
-// The widest vector of the machine; a unit of elements fills one with the narrowest type.
+// The widest vector of the machine.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
@@ -22,8 +22,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 using Vector [[gnu::vector_size(kVectorBytes), gnu::aligned(1), gnu::may_alias]] = std::uint32_t;
-constexpr int kUnit = kVectorBytes / 2;
-
 struct Stream {
   int bytes_per_element = 0;
   bool written = false;
@@ -35,6 +33,15 @@ struct Shape {
   std::array<Stream, kMaxStreams> streams{};
 };
 
+// Elements that fill a vector with the narrowest type.
+constexpr int unit_of(const Shape& shape) {
+  int narrowest = shape.streams[0].bytes_per_element;
+  for (int s = 1; s < shape.count; ++s) {
+    narrowest = std::min(narrowest, shape.streams[s].bytes_per_element);
+  }
+  return kVectorBytes / narrowest;
+}
+
 constexpr Shape norm_shape(int grad) { return {1, {{{grad, false}}}}; }
 constexpr Shape accumulate_shape(int state, int grad) {
   return {2, {{{state, true}, {grad, false}}}};
@@ -45,8 +52,14 @@ constexpr Shape step_shape(int param, int grad, int states) {
   return shape;
 }
 
+// With state in fewer bytes, and perhaps what a weight of two bytes does not hold.
+constexpr Shape low_shape(int param, int state, bool remainder) {
+  return {4 + remainder,
+          {{{param, true}, {param, false}, {state, true}, {state, true}, {2, remainder}}}};
+}
+
 constexpr auto kShapes = [] {
-  std::array<Shape, 3 + 3 + 5 * 3> shapes{};
+  std::array<Shape, 3 + 3 + 5 * 3 + 7> shapes{};
   int next = 0;
   for (const int bytes : {2, 4, 8}) shapes[next++] = norm_shape(bytes);
   shapes[next++] = accumulate_shape(4, 2);
@@ -55,6 +68,12 @@ constexpr auto kShapes = [] {
   for (const auto& [param, grad] : {std::pair(4, 4), {4, 2}, {2, 2}, {2, 4}, {8, 8}}) {
     for (const int states : {2, 3, 4}) shapes[next++] = step_shape(param, grad, states);
   }
+  for (const int state : {2, 1}) {
+    shapes[next++] = low_shape(4, state, false);
+    shapes[next++] = low_shape(2, state, false);
+    shapes[next++] = low_shape(2, state, true);
+  }
+  shapes[next++] = low_shape(2, 4, true);
   return shapes;
 }();
 
@@ -66,6 +85,7 @@ volatile std::uint32_t sink;
 // lines are asked for; 0: not at all.
 template <Shape shape, int ahead>
 void pass(char* const* data, std::int64_t begin, std::int64_t end, std::uint32_t zero) {
+  constexpr int kUnit = unit_of(shape);
   Vector read{};
   for (std::int64_t i = begin; i < end; i += kUnit) {
     Vector held[kMaxStreams][8 * kUnit / sizeof(Vector)];
@@ -124,7 +144,7 @@ int bound_pass(const bound_stream* streams, int count, std::int64_t elements, in
   if (compiled == kCompiled.end()) return 0;
   const Pass run = compiled->passes[variant / 2];
   const std::int64_t part =
-      variant % 2 == 0 ? kChunk : (elements / 32 + threads - 1) / threads * 32;
+      variant % 2 == 0 ? kChunk : (elements / 64 + threads - 1) / threads * 64;
   char* data[kMaxStreams];
   for (int s = 0; s < count; ++s) data[s] = static_cast<char*>(streams[s].data);
   const std::uint32_t zero = runtime_zero;

@@ -18,7 +18,7 @@ struct bound_stream {
 int bound_variants();
 
 // Reads every stream once and writes the `written` ones back with what they held. `elements` is a
-// multiple of 32. Returns 0 if streams of these sizes are not compiled in, else 1.
+// multiple of 64. Returns 0 if streams of these sizes are not compiled in, else 1.
 int bound_pass(const bound_stream* streams, int count, std::int64_t elements, int threads,
                int variant);
 }

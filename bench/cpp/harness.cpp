@@ -69,7 +69,7 @@ void report(benchmark::State& state, std::int64_t elements, int threads,
   for (int variant = 0; variant < bound_variants(); ++variant) {
     actions.push_back([&passes, elements, threads, variant] {
       for (const auto& streams : passes) {
-        if (!bound_pass(streams.data(), static_cast<int>(streams.size()), elements / 32 * 32,
+        if (!bound_pass(streams.data(), static_cast<int>(streams.size()), elements / 64 * 64,
                         threads, variant)) {
           std::abort();  // a benchmark asks for a shape that bound.cpp does not list
         }
@@ -137,6 +137,13 @@ std::string pair_name(const Storage& storage) {
          std::string(dtype_name(storage.grad));
 }
 
+std::string low_name(const Storage& storage) {
+  constexpr const char* kBits[] = {"32", "16", "8"};
+  constexpr const char* kRoundings[] = {"nearest", "stochastic", "remainder"};
+  return std::string("/state:") + kBits[static_cast<int>(storage.state)] +
+         "/weights:" + kRoundings[static_cast<int>(storage.rounding)];
+}
+
 void add_step(const std::string& name, const Sizes& sizes, const Streams& streams,
               const Group& group, const Setting& setting, const Call& call = {}) {
   add(name, [=](benchmark::State& state) {
@@ -175,6 +182,26 @@ void add_dtype_benchmarks() {
           add_step("step" + pair_name(storage) + "/work:" + work + setting.name() + elements_of(n),
                    {n}, {storage, average, accumulator}, {}, setting,
                    {.micro_batches = accumulator ? 4 : 1});
+        }
+      }
+    }
+  }
+}
+
+// State in fewer bits, and what becomes of bfloat16 weights; the float32 step beside it.
+void add_low_memory_benchmarks() {
+  const std::set<int> thread_counts{1, Setting{}.threads};
+  for (const std::string& isa : adamax::available_isas()) {
+    for (const int threads : thread_counts) {
+      const Setting setting{isa, threads};
+      for (int index = 0; index < adamax::kNumStorages; ++index) {
+        const Storage storage = adamax::storage_at(index);
+        const bool is_usual = storage.param == storage.grad && storage.param != DType::kFloat16;
+        if (!exists(storage) || !is_usual || storage.param == DType::kFloat64) continue;
+        for (const int exponent : {14, 24}) {
+          const std::int64_t n = std::int64_t{1} << exponent;
+          add_step("low" + pair_name(storage) + low_name(storage) + setting.name() + elements_of(n),
+                   {n}, {storage}, {}, setting);
         }
       }
     }
@@ -362,6 +389,7 @@ int main(int argc, char** argv) {
   benchmark::AddCustomContext("compiler", __VERSION__);
   add_size_benchmarks();
   add_dtype_benchmarks();
+  add_low_memory_benchmarks();
   add_rule_benchmarks();
   add_isa_benchmarks();
   add_full_benchmarks();

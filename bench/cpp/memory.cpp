@@ -2,8 +2,10 @@
 #include "memory.hpp"
 
 #include <bit>
+#include <cstring>
 #include <new>
 #include <random>
+#include <utility>
 
 namespace adamax_bench {
 namespace {
@@ -31,6 +33,20 @@ std::uint16_t converted<std::uint16_t>(DType dtype, double value) {
                                     (((bits >> 13) - (112 << 10)) & 0x7fff));
 }
 
+// Of the first moment and the infinity norm.
+std::pair<DType, DType> state_dtypes(const adamax::Storage& storage) {
+  switch (storage.state) {
+    case adamax::StateFormat::kFull:
+      break;
+    case adamax::StateFormat::k16Bits:
+      return {DType::kBFloat16, DType::kBFloat16};
+    case adamax::StateFormat::k8Bits:
+      return {DType::kInt8, DType::kUInt8};
+  }
+  const DType computed = adamax::compute_dtype(storage.param);
+  return {computed, computed};
+}
+
 template <class T>
 void fill_random(T* p, DType dtype, std::int64_t elements, double low, double high) {
   constexpr std::int64_t kPeriod = 4099;  // a prime: no variable sees the same values
@@ -56,6 +72,8 @@ void Memory::Block::fill(std::int64_t elements, double low, double high) {
     fill_random(static_cast<float*>(data.get()), dtype, elements, low, high);
   } else if (dtype == DType::kFloat64) {
     fill_random(static_cast<double*>(data.get()), dtype, elements, low, high);
+  } else if (adamax::itemsize(dtype) == 1) {
+    std::memset(data.get(), 0, elements);
   } else {
     fill_random(static_cast<std::uint16_t*>(data.get()), dtype, elements, low, high);
   }
@@ -68,10 +86,17 @@ bound_stream Memory::Block::stream(bool written) const {
 Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
   for (const std::int64_t size : sizes) elements_ += size;
   const DType state = adamax::compute_dtype(streams.storage.param);
+  const auto [momentum, norm] = state_dtypes(streams.storage);
   param_.allocate(streams.storage.param, elements_);
   grad_.allocate(streams.storage.grad, elements_);
-  momentum_.allocate(state, elements_);
-  norm_.allocate(state, elements_);
+  momentum_.allocate(momentum, elements_);
+  norm_.allocate(norm, elements_);
+  if (streams.storage.rounding == adamax::WeightRounding::kRemainder) {
+    remainder_.allocate(DType::kInt16, elements_);
+    remainder_.fill(elements_, 0.0, 0.0);
+  }
+  // A scale for each block, and for the begin of each variable.
+  norm_scale_.assign(elements_ / adamax::kStateBlock + sizes.size(), 1.0f);
   if (streams.average) average_.allocate(state, elements_);
   if (streams.accumulator) accumulator_.allocate(state, elements_);
   param_.fill(elements_, -1.0, 1.0);
@@ -80,20 +105,22 @@ Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
   if (streams.average) average_.fill(elements_, -1.0, 1.0);
   if (streams.accumulator) accumulator_.fill(elements_, -1.0, 1.0);
 
-  std::int64_t begin = 0;
+  std::int64_t begin = 0, block = 0;
   for (const std::int64_t size : sizes) {
     const auto at = [begin](const Block& block) {
       char* const data = static_cast<char*>(block.data.get());
       return data == nullptr ? nullptr : data + begin * adamax::itemsize(block.dtype);
     };
-    variables_.push_back(
-        {{at(param_), at(grad_), at(momentum_), at(norm_), at(average_), at(accumulator_)},
-         size,
-         streams.storage});
+    variables_.push_back({{at(param_), at(grad_), at(momentum_), at(norm_), at(average_),
+                           at(accumulator_), norm_scale_.data() + block, at(remainder_)},
+                          size,
+                          streams.storage});
     begin += size;
+    block += (size + adamax::kStateBlock - 1) / adamax::kStateBlock;
   }
 }
 
+// Codes are what they are at zero, where a step takes the same time.
 void Memory::fill_state(double momentum, double norm) {
   momentum_.fill(elements_, -momentum, momentum);
   norm_.fill(elements_, norm / 2, norm);
@@ -104,6 +131,7 @@ void Memory::fill_gradients(double value) { grad_.fill(elements_, -value, value)
 std::vector<bound_stream> Memory::step_streams() const {
   std::vector<bound_stream> streams{param_.stream(true), grad_.stream(false),
                                     momentum_.stream(true), norm_.stream(true)};
+  if (remainder_.data) streams.push_back(remainder_.stream(true));
   if (average_.data) streams.push_back(average_.stream(true));
   if (accumulator_.data) streams.push_back(accumulator_.stream(true));
   return streams;

@@ -45,7 +45,8 @@ class Memory {
   };
 
   std::int64_t elements_ = 0;
-  Block param_, grad_, momentum_, norm_, average_, accumulator_;
+  Block param_, grad_, momentum_, norm_, average_, accumulator_, remainder_;
+  std::vector<float> norm_scale_;
   std::vector<adamax::Variable> variables_;
 };
 

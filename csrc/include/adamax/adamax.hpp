@@ -94,29 +94,85 @@ constexpr DType dtype_of() {
 template <class P>
 using state_t = std::conditional_t<std::is_same_v<P, double>, double, float>;
 
-// Throws std::invalid_argument when the element counts differ. `grad` may be empty to skip the
+namespace detail {
+
+inline void check_size(const char* name, std::size_t size, std::size_t expected,
+                       bool is_optional = false) {
+  if (size == expected || (is_optional && size == 0)) return;
+  throw std::invalid_argument(std::string(name) + " must have " + std::to_string(expected) +
+                              " elements; received " + std::to_string(size));
+}
+
+template <class P, class G, class M, class U>
+Variable variable(StateFormat format, std::span<P> param, std::span<G> grad, std::span<M> momentum,
+                  std::span<U> norm, std::span<state_t<P>> average,
+                  std::span<state_t<P>> accumulator) {
+  check_size("grad", grad.size(), param.size(), true);
+  check_size("momentum", momentum.size(), param.size());
+  check_size("norm", norm.size(), param.size());
+  check_size("average", average.size(), param.size(), true);
+  check_size("accumulator", accumulator.size(), param.size(), true);
+  const auto or_null = [](auto span) { return span.empty() ? nullptr : span.data(); };
+  return {{param.data(), or_null(grad), momentum.data(), norm.data(), or_null(average),
+           or_null(accumulator)},
+          static_cast<std::int64_t>(param.size()),
+          {dtype_of<P>(), dtype_of<std::remove_const_t<G>>(), format}};
+}
+
+}  // namespace detail
+
+// Throws std::invalid_argument when the element counts do not fit. `grad` may be empty to skip the
 // variable, `average` and `accumulator` may be empty when they are not used.
 template <class P, class G>
 Variable variable(std::span<P> param, std::span<G> grad, std::span<state_t<P>> momentum,
                   std::span<state_t<P>> norm, std::span<state_t<P>> average = {},
                   std::span<state_t<P>> accumulator = {}) {
-  const auto check = [&](const char* name, std::size_t size, bool optional) {
-    if (size != param.size() && !(optional && size == 0)) {
-      throw std::invalid_argument(std::string(name) + " must have the " +
-                                  std::to_string(param.size()) + " elements of param; received " +
-                                  std::to_string(size));
-    }
-  };
-  check("grad", grad.size(), true);
-  check("momentum", momentum.size(), false);
-  check("norm", norm.size(), false);
-  check("average", average.size(), true);
-  check("accumulator", accumulator.size(), true);
-  const auto or_null = [](auto span) { return span.empty() ? nullptr : span.data(); };
-  return {{param.data(), or_null(grad), momentum.data(), norm.data(), or_null(average),
-           or_null(accumulator)},
-          static_cast<std::int64_t>(param.size()),
-          {dtype_of<P>(), dtype_of<std::remove_const_t<G>>()}};
+  return detail::variable(StateFormat::kFull, param, grad, momentum, norm, average, accumulator);
+}
+
+// State in fewer bits, for any parameter but one of doubles. Before the first step it is zero, but
+// for the scale of State16, which is 1.
+struct State16 {
+  std::span<BFloat16> momentum, norm;
+  std::span<float> norm_scale;  // one
+};
+struct State8 {
+  std::span<std::int8_t> momentum;
+  std::span<std::uint8_t> norm;
+  std::span<float> norm_scale;  // one for each kStateBlock elements, the last of which may be fewer
+};
+
+template <class P, class G>
+Variable variable(std::span<P> param, std::span<G> grad, const State16& state,
+                  std::span<float> average = {}, std::span<float> accumulator = {}) {
+  Variable v = detail::variable(StateFormat::k16Bits, param, grad, state.momentum, state.norm,
+                                average, accumulator);
+  detail::check_size("norm_scale", state.norm_scale.size(), 1);
+  v.memory.norm_scale = state.norm_scale.data();
+  return v;
+}
+template <class P, class G>
+Variable variable(std::span<P> param, std::span<G> grad, const State8& state,
+                  std::span<float> average = {}, std::span<float> accumulator = {}) {
+  Variable v = detail::variable(StateFormat::k8Bits, param, grad, state.momentum, state.norm,
+                                average, accumulator);
+  detail::check_size("norm_scale", state.norm_scale.size(),
+                     (param.size() + kStateBlock - 1) / kStateBlock);
+  v.memory.norm_scale = state.norm_scale.data();
+  return v;
+}
+
+// The same variable, of bfloat16: its weights rounded at random, or with an array for what they do
+// not hold, zero before the first step.
+inline Variable with_stochastic_rounding(Variable v) {
+  v.storage.rounding = WeightRounding::kStochastic;
+  return v;
+}
+inline Variable with_remainder(Variable v, std::span<std::int16_t> remainder) {
+  detail::check_size("remainder", remainder.size(), static_cast<std::size_t>(v.size));
+  v.memory.remainder = remainder.data();
+  v.storage.rounding = WeightRounding::kRemainder;
+  return v;
 }
 
 // Does one training step in place, all groups together. Returns false, with nothing changed, if
