@@ -213,6 +213,36 @@ def number(i, step):
     return ((i * 37 + step * 11) % 101 - 50) / 64
 
 
+def trained_in_few_bits(numbers, bfloat16):
+    """Return what the consumer's weights in bfloat16 and state in 16 and 8 bits become."""
+    drawn, kept = numbers(300, 300, bfloat16), numbers(300, 300, bfloat16)
+    m16, u16, scale16 = np.zeros(300, np.uint16), np.zeros(300, np.uint16), np.ones(1, np.float32)
+    m8, u8, scale8 = np.zeros(300, np.int8), np.zeros(300, np.uint8), np.zeros(2, np.float32)
+    remainder = np.zeros(300, np.int16)
+    for step in range(1, 6):
+        gradient = numbers(300, step, bfloat16)
+        settings = {"step": step, "learning_rate": 0.001, "seed": 12345}
+        adamax_ext.update(
+            *(drawn, gradient, m16, u16),
+            norm_scale=scale16,
+            weight_rounding="stochastic",
+            **settings,
+        )
+        adamax_ext.update(
+            *(kept, gradient, m8, u8),
+            norm_scale=scale8,
+            remainder=remainder,
+            weight_rounding="remainder",
+            variable=7,
+            first_element=512,
+            **settings,
+        )
+    return {
+        **{"drawn": drawn, "m16": m16, "u16": u16, "scale16": scale16},
+        **{"kept": kept, "m8": m8, "u8": u8, "scale8": scale8, "remainder": remainder},
+    }
+
+
 def expected_of_consumer():
     bfloat16 = pytest.importorskip("ml_dtypes", reason="NumPy needs it for bfloat16").bfloat16
 
@@ -241,6 +271,7 @@ def expected_of_consumer():
         arrays |= {f"{prefix}w": weight}
         arrays |= {f"{prefix}{short}": state[kind] for short, kind in kinds.items()}
     arrays["norm"] = np.float64(adamax_ext.global_norm([gradient]))
+    arrays |= trained_in_few_bits(numbers, bfloat16)
     lines = []
     for name, array in arrays.items():
         words = np.atleast_1d(array).view(f"u{array.dtype.itemsize}")

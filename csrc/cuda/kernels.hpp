@@ -163,7 +163,7 @@ struct Average : Elementwise<Vector<dtype>, is_small> {
 
   ADAMAX_HOST_DEVICE void operator()(Place place) const {
     const auto piece = this->table.piece_of(place.block);
-    const UpdateRow& row = piece.row;
+    const auto& row = piece.row;
     auto* const param = static_cast<Param*>(row.param);
     auto* const averages = static_cast<T*>(row.average);
     const GroupScalars<V> argument = this->groups.argument(row.group);

@@ -30,6 +30,42 @@ adamax::BFloat16 to_bfloat16(float exact) {
   return {static_cast<std::uint16_t>(bits >> 16)};
 }
 
+// Weights of bfloat16 that lose nothing, with state in 16 and in 8 bits.
+void train_in_few_bits() {
+  constexpr int kSize = 300, kSteps = 5;
+  using Halves = std::vector<adamax::BFloat16>;
+  Halves drawn(kSize), kept(kSize), gradient(kSize), m16(kSize), u16(kSize);
+  std::vector<std::int8_t> m8(kSize);
+  std::vector<std::uint8_t> u8(kSize);
+  std::vector<std::int16_t> remainder(kSize);
+  std::vector<float> scale16{1.0f}, scale8(2);
+  for (int i = 0; i < kSize; ++i) drawn[i] = kept[i] = to_bfloat16(number(i, 300));
+  const std::span<const adamax::BFloat16> grad(gradient);
+  adamax::Variable variables[] = {
+      adamax::with_stochastic_rounding(
+          adamax::variable(std::span(drawn), grad, adamax::State16{m16, u16, scale16})),
+      adamax::with_remainder(
+          adamax::variable(std::span(kept), grad, adamax::State8{m8, u8, scale8}), remainder),
+  };
+  variables[1].number = 7;
+  variables[1].first_element = 512;
+  adamax::Group group{.learning_rate = 0.001, .seed = 12345};
+  for (int step = 1; step <= kSteps; ++step) {
+    for (int i = 0; i < kSize; ++i) gradient[i] = to_bfloat16(number(i, step));
+    group.step = step;
+    adamax::step(variables, group);
+  }
+  print<adamax::BFloat16>("drawn", drawn);
+  print<adamax::BFloat16>("m16", m16);
+  print<adamax::BFloat16>("u16", u16);
+  print<float>("scale16", scale16);
+  print<adamax::BFloat16>("kept", kept);
+  print<std::int8_t>("m8", m8);
+  print<std::uint8_t>("u8", u8);
+  print<float>("scale8", scale8);
+  print<std::int16_t>("remainder", remainder);
+}
+
 }  // namespace
 
 int main() {
@@ -73,6 +109,7 @@ int main() {
   const adamax::ConstBuffer buffer{adamax::DType::kFloat32, kFloats, gradient.data()};
   const double norm = adamax::global_norm({&buffer, 1});
   print<double>("norm", {&norm, 1});
+  train_in_few_bits();
 
   try {
     variables[1].group = 0;
