@@ -1,0 +1,132 @@
+"""Final losses of two trainings, for each way of keeping weights and state, over five seeds.
+
+Run as ``python bench/losses.py``, with torch and scikit-learn. The 8-bit optimizers of torchao and
+bitsandbytes take part where they are installed, beside torch's own with the same rule.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import adamax_ext
+import torch
+from adamax_ext.torch import Adamax
+from machine import default_name, machine, versions
+from rows import table
+from sklearn.datasets import load_digits
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "examples"))
+import torch_bf16  # noqa: E402
+
+SEEDS = range(5)
+FIRST = "float32, state in 32 bits"
+Training = Callable[[Callable[[Any], Any], torch.dtype, int], float]
+
+
+def digits(make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int) -> float:
+    """Return the loss on all digits after 2,000 steps; the rate decays as a cosine."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16).to(dtype), torch.tensor(labels)
+    torch.manual_seed(seed)
+    layers = [nn.Linear(64, 192), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 10)]
+    model = nn.Sequential(*layers).to(dtype)
+    optimizer = make_optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+    for _ in range(2000):
+        batch = torch.randint(len(x), (64,))
+        nn.functional.cross_entropy(model(x[batch]).float(), y[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(x).float(), y).item()
+
+
+def transformer(make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int) -> float:
+    """Return the held-out loss of examples/torch_bf16.py."""
+    _, held_out, _ = torch_bf16.train(make_optimizer, dtype, 400, seed)
+    return float(held_out)
+
+
+TRAININGS: dict[str, tuple[Training, float]] = {  # with a learning rate
+    "digits": (digits, 1e-3),
+    "transformer": (transformer, torch_bf16.PEAK),
+}
+
+
+def contestants() -> dict[str, tuple[torch.dtype, Callable[..., Any]]]:
+    """Return the type of the weights, and what makes an optimizer of parameters and a rate."""
+    found: dict[str, tuple[torch.dtype, Callable[..., Any]]] = {}
+    for rounding in ("", "nearest", "stochastic", "remainder"):
+        dtype = torch.bfloat16 if rounding else torch.float32
+        for bits in (32, 16, 8):
+            name = f"{str(dtype)[6:]} {rounding}".strip() + f", state in {bits} bits"
+            options = {"weight_rounding": rounding or "nearest", "state_bits": bits}
+            found[name] = dtype, partial(Adamax, **options)
+    found["torch.optim.Adam"] = torch.float32, torch.optim.Adam
+    for library in ("bitsandbytes", "torchao"):
+        try:
+            optimizers = importlib.import_module(f"{library}.optim")
+        except ImportError as error:
+            print(f"{library} is left out: {error}")
+        else:
+            found[f"{library} Adam8bit"] = torch.float32, optimizers.Adam8bit
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return a table: mean and standard deviation, and how far from the first of the same rule."""
+    lines = []
+    for name in results["losses"]["digits"]:
+        line = [name]
+        for losses in results["losses"].values():
+            first = losses["torch.optim.Adam" if "Adam" in name else FIRST]
+            difference = statistics.mean(losses[name]) - statistics.mean(first)
+            line.append(
+                f"{statistics.mean(losses[name]):.5f} ({statistics.stdev(losses[name]):.5f})"
+            )
+            line.append(f"{difference / statistics.stdev(first):+.2f}")
+        lines.append(line)
+    header = ["weights and state"]
+    for training in results["losses"]:
+        header += [f"{training}: final loss (std)", "from float32, in std"]
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a second one would mostly wait
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "build_info": adamax_ext.build_info(),
+        "seeds": len(SEEDS),
+        "losses": {},
+    }
+    for training, (train, rate) in TRAININGS.items():
+        losses = results["losses"][training] = {}
+        for name, (dtype, make) in contestants().items():
+            losses[name] = [train(partial(make, lr=rate), dtype, seed) for seed in SEEDS]
+            print(f"{training}, {name}: {losses[name]}", flush=True)
+    path = options.out / default_name("losses")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(
+        f"# Final losses, {results['seeds']} seeds\n\n{report(results)}"
+    )
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
