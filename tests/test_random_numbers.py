@@ -39,20 +39,28 @@ every_stream = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 ISOLATED = {"learning_rate": 1.0, "beta_1": 0.0, "beta_2": 0.5, "epsilon": 1e-20}
 
 
+def alternating(size):
+    return np.where(np.arange(size) % 2, F(-1), F(1))
+
+
 def weights_rounded_up(part, **place):
-    """Store weights that lie `part` of 2^16 above a bfloat16; return which became the next one."""
-    h = part * F(-(2.0**-23))
-    w, m, u = np.ones(part.size, ml_dtypes.bfloat16), np.zeros_like(h), np.full_like(h, 2)
+    """Store weights whose magnitudes lie `part` of 2^16 above a bfloat16, of both signs.
+
+    Return which became the next one.
+    """
+    signs = alternating(part.size)
+    h = signs * part * F(-(2.0**-23))
+    w, m, u = signs.astype(ml_dtypes.bfloat16), np.zeros_like(h), np.full_like(h, 2)
     adamax_ext.update(w, h, m, u, weight_rounding="stochastic", **ISOLATED, **place)
-    return w.view(np.uint16) - 0x3F80
+    return (w.view(np.uint16) & 0x7FFF) - 0x3F80
 
 
 def momentum_in_16_bits_rounded_up(part, **place):
     """The same for a first moment in bfloat16."""
-    h = F(1) + part * F(2.0**-23)
+    h = alternating(part.size) * (F(1) + part * F(2.0**-23))
     w, m, u = np.zeros_like(h), np.zeros(h.size, np.uint16), np.zeros(h.size, np.uint16)
     adamax_ext.update(w, h, m, u, norm_scale=np.ones(1, F), **ISOLATED, **place)
-    return m - 0x3F80
+    return (m & 0x7FFF) - 0x3F80
 
 
 def codes_of_ratios(ratio, **place):
@@ -65,7 +73,8 @@ def codes_of_ratios(ratio, **place):
 
 def momentum_in_8_bits_rounded_up(part, **place):
     """The same for codes of m / u, which are 2^19 apart."""
-    return codes_of_ratios(F(0.5) + part * F(2.0**-24) - OFFSET, **place) - 111
+    ratio = F(0.5) + part * F(2.0**-24) - OFFSET
+    return np.abs(codes_of_ratios(alternating(part.size) * ratio, **place)) - 111
 
 
 class Store(NamedTuple):
@@ -372,11 +381,24 @@ def test_bytes_and_repetitions_are_as_frequent_as_by_chance(stream):
         assert np.abs(excess_of_repetitions(x)).max() < 5
 
 
-def test_a_hash_of_two_rounds_repeats_too_little():
-    """What these tests can see: a hash that is cheaper, and not good enough."""
-    x = np.arange(2**20, dtype=np.uint32) ^ np.uint32(0x6627E8D5)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+# ---- What these tests can see: hashes that are cheaper, and not good enough ----------------------
+
+
+def hashed(x, *rounds):
+    for shift, factor in rounds:
         x ^= x >> np.uint32(shift)
         x *= np.uint32(factor)
-    x ^= x >> np.uint32(16)
+    return x ^ x >> np.uint32(15)
+
+
+KEY, ROUNDS = np.uint32(0x6627E8D5), ((16, 0x7FEB352D), (15, 0x846CA68B))
+
+
+def test_one_round_has_related_neighbours():
+    x = hashed(np.arange(2**20, dtype=np.uint32) * np.uint32(0x9E3779B9) + KEY, ROUNDS[0])
+    assert np.abs(correlations(x[:-1], x[1:])).max() > 5
+
+
+def test_two_rounds_repeat_too_little():
+    x = hashed(np.arange(2**20, dtype=np.uint32) ^ KEY, *ROUNDS)
     assert np.abs(excess_of_repetitions(x)).max() > 5
