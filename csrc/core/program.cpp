@@ -2,6 +2,7 @@
 #include "core/program.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/bias_correction.hpp"
 #include "core/fp_mode.hpp"
@@ -149,9 +150,12 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
     // A gradient that is not there has the type in which it is computed, as the accumulator has.
     if (v.memory.grad == nullptr) storage.grad = compute_dtype(storage.param);
     if (!(storage_at(index) == storage)) index = storage_index(storage);
-    if (v.first_element < 0 || v.first_element % kStateBlock != 0) {
+    constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+    if (v.first_element < 0 || v.first_element % kStateBlock != 0 ||
+        v.first_element > kMost - v.size) {
       refuse(i, "must have a first_element that is a multiple of " + std::to_string(kStateBlock) +
-                    ", and >= 0; received " + std::to_string(v.first_element));
+                    ", >= 0 and, with its size, below 2^63; received " +
+                    std::to_string(v.first_element));
     }
     if (v.size == 0) continue;
     const Operation operation = operation_of(v, call);

@@ -13,6 +13,9 @@
 
 namespace adamax {
 
+// Halves and bytes of words are taken as they lie in memory.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+
 struct RandomKeys {
   std::uint32_t add, exclusive_or;
 };
