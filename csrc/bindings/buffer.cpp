@@ -177,10 +177,6 @@ void import_memory(const TypeInfo& info, py::handle object, const Label& label, 
                        "array, or the buffer protocol)");
 }
 
-}  // namespace
-
-namespace {
-
 void import_any(py::handle object, const Label& label, Access access, Leases& leases,
                 Buffer& buffer, const void* known) {
   const TypeInfo& info = type_info(object);
@@ -204,9 +200,9 @@ void import_buffer(py::handle object, const Label& label, Access access, Leases&
   }
 }
 
-void import_state(py::handle object, const Label& label, Leases& leases, Buffer& buffer,
-                  const void* known) {
-  import_any(object, label, Access::kWrite, leases, buffer, known);
+void import_state(py::handle object, const Label& label, Access access, Leases& leases,
+                  Buffer& buffer, const void* known) {
+  import_any(object, label, access, leases, buffer, known);
 }
 
 void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer) {

@@ -40,8 +40,8 @@ enum class Access { kRead, kWrite };
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer, const void* known = nullptr);
 // The same for state, which may also be kept as integers of 8 or 16 bits.
-void import_state(py::handle object, const Label& label, Leases& leases, Buffer& buffer,
-                  const void* known = nullptr);
+void import_state(py::handle object, const Label& label, Access access, Leases& leases,
+                  Buffer& buffer, const void* known = nullptr);
 // The same for memory whose elements are never negative, so that a negated view shows by itself.
 void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer);
 
@@ -61,6 +61,10 @@ void require_dense(const Buffer& buffer, const Label& label);
 // Throws TypeError, naming both types, unless there is a storage with both.
 void require_pair(const Buffer& param, const Label& param_label, const Buffer& grad,
                   const Label& grad_label);
+// Whether elements are those of bfloat16, perhaps under the name of an integer.
+inline bool holds_bfloat16(const Buffer& buffer) {
+  return buffer.dtype == DType::kBFloat16 || buffer.dtype == DType::kUInt16;
+}
 // The format of the state of `param`, by its first moment; throws TypeError if it is none.
 StateFormat state_format(const Buffer& momentum, const Label& label, const Buffer& param);
 // Throw TypeError or ValueError unless the array is what `param` keeps in a format: an average or

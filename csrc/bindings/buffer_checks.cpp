@@ -61,10 +61,6 @@ namespace {
                        " parameter" + more);
 }
 
-bool holds_bfloat16(const Buffer& buffer) {
-  return buffer.dtype == DType::kBFloat16 || buffer.dtype == DType::kUInt16;
-}
-
 }  // namespace
 
 void require_computed(const Buffer& buffer, const Label& label, const Buffer& param) {

@@ -6,6 +6,7 @@
 
 #include "bindings/backend.hpp"
 #include "bindings/buffer.hpp"
+#include "bindings/kept.hpp"
 #include "bindings/overlap.hpp"
 #include "bindings/settings.hpp"
 
@@ -18,64 +19,32 @@ void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
   WrittenMemory written;
   std::vector<py::handle> objects;
   Buffer w, buffer;
-  const auto note = [&](const py::object& object, const Label& label) -> void* {
+  const auto note = [&](const py::object& object, const Label& label) {
     written.add(buffer.data, buffer.bytes(), label);
     streams.add(buffer);
     objects.push_back(object);
-    return buffer.data;
   };
   Variable variable{};
-  Arrays& memory = variable.memory;
   import_buffer(buffers.param, {"param"}, Access::kWrite, leases, w);
   require_dense(w, {"param"});
   buffer = w;
-  memory.param = note(buffers.param, {"param"});
+  note(buffers.param, {"param"});
+  variable.memory.param = w.data;
   variable.size = w.size;
   variable.storage = {w.dtype, w.dtype};
   variable.storage.rounding = weight_rounding(rounding, w.dtype, {"param"});
   variable.number = place.number;
   variable.first_element = place.first_element;
-
-  StateFormat& format = variable.storage.state;
-  // What has an element for each of the parameter.
-  const auto import_like_param = [&](const py::object& object, const Label& label,
-                                     const auto& check) {
-    import_state(object, label, leases, buffer);
-    check(label);
-    require_same_layout(buffer, label, w, {"param"});
-    return note(object, label);
+  const auto import = [&](Kept kind, const py::object& object, std::string_view name) {
+    if (import_kept(kind, object, {name}, w, {"param"}, variable, leases, buffer)) {
+      note(object, {name});
+    }
   };
-  memory.momentum = import_like_param(
-      buffers.m, {"m"}, [&](const Label& label) { format = state_format(buffer, label, w); });
-  memory.norm = import_like_param(
-      buffers.u, {"u"}, [&](const Label& label) { require_norm(buffer, label, w, format); });
-  if (!buffers.average.is_none()) {
-    memory.average = import_like_param(buffers.average, {"average"}, [&](const Label& label) {
-      require_computed(buffer, label, w);
-    });
-  }
-  // What is there if, and only if, it is needed.
-  const auto require_given = [](const py::object& object, const char* name, bool is_needed,
-                                const std::string& where) {
-    if (object.is_none() != is_needed) return is_needed;
-    throw py::value_error(std::string(name) + " must be " + (is_needed ? "given" : "None") +
-                          " where " + where + "; received " + (is_needed ? "None" : "a buffer"));
-  };
-  const bool is_full = format == StateFormat::kFull;
-  if (require_given(buffers.norm_scale, "norm_scale", !is_full,
-                    is_full ? "m and u are not in fewer bits" : "m and u are in 16 or 8 bits")) {
-    import_state(buffers.norm_scale, {"norm_scale"}, leases, buffer);
-    require_norm_scale(buffer, {"norm_scale"}, w, format);
-    memory.norm_scale = static_cast<float*>(note(buffers.norm_scale, {"norm_scale"}));
-  }
-  const bool has_remainder = variable.storage.rounding == WeightRounding::kRemainder;
-  if (require_given(
-          buffers.remainder, "remainder", has_remainder,
-          has_remainder ? "weight_rounding is 'remainder'" : "no remainder of param is kept")) {
-    memory.remainder = import_like_param(buffers.remainder, {"remainder"}, [&](const Label& label) {
-      require_remainder(buffer, label, w);
-    });
-  }
+  import(Kept::kMomentum, buffers.m, "m");
+  import(Kept::kNorm, buffers.u, "u");
+  import(Kept::kAverage, buffers.average, "average");
+  import(Kept::kNormScale, buffers.norm_scale, "norm_scale");
+  import(Kept::kRemainder, buffers.remainder, "remainder");
   written.seal();
 
   import_buffer(buffers.grad, {"grad"}, Access::kRead, leases, buffer);
@@ -84,7 +53,7 @@ void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
   std::size_t grad_place = 0;
   written.require_readable(buffer.memory(), {"grad"}, w.memory(), grad_place);
   streams.add(buffer);
-  memory.grad = buffer.data;
+  variable.memory.grad = buffer.data;
   variable.storage.grad = buffer.dtype;
 
   const Program program = make_program({&variable, 1}, {&group, 1}, Call{.grad_scale = grad_scale});
@@ -113,9 +82,10 @@ void copy(const py::object& to, const py::object& from) {
   Leases leases;
   Buffer target, source;
   const Label labels[2] = {{"to"}, {"from"}};
-  import_buffer(to, labels[0], Access::kWrite, leases, target);
-  import_buffer(from, labels[1], Access::kRead, leases, source);
-  if (target.dtype != source.dtype) {
+  import_state(to, labels[0], Access::kWrite, leases, target);
+  import_state(from, labels[1], Access::kRead, leases, source);
+  const bool are_halves = holds_bfloat16(target) && holds_bfloat16(source);
+  if (target.dtype != source.dtype && !are_halves) {
     throw py::type_error("from has dtype " + std::string(dtype_name(source.dtype)) +
                          "; expected the " + std::string(dtype_name(target.dtype)) + " of to");
   }
@@ -135,7 +105,7 @@ py::tuple describe(const py::object& object, const std::string& role, py::ssize_
   Leases leases;
   Buffer buffer;
   const Label label{role, index};
-  import_buffer(object, label, Access::kRead, leases, buffer);
+  import_state(object, label, Access::kRead, leases, buffer);
   require_dense(buffer, label);
   const auto list = [&](const std::int64_t* values) {
     py::tuple result(buffer.layout.axes);

@@ -27,7 +27,8 @@ void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
 
 double norm_of_buffers(const py::tuple& buffers);
 
-// Copies all elements between host and device memory, or within one of them.
+// Copies all elements between host and device memory, or within one of them. bfloat16 may be called
+// uint16 on either side.
 void copy(const py::object& to, const py::object& from);
 
 // Shape and strides (in elements) as they are, dtype, dtype of the state, address, bytes, and the

@@ -7,6 +7,7 @@
 #include "adamax/adamax.hpp"
 #include "bindings/calls.hpp"
 #include "bindings/collect.hpp"
+#include "bindings/conversions.hpp"
 #include "bindings/plan.hpp"
 #include "bindings/settings.hpp"
 #include "bindings/stepper.hpp"
@@ -75,17 +76,23 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def("__exit__", [](IeeeMode& self, const py::args&) { self.mode.reset(); });
 
   register_settings(m);
+  register_conversions(m);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collect))
       .def(py::init([](const py::tuple& params, std::vector<std::string> names,
                        const std::vector<std::uint32_t>& groups, py::object momentum,
-                       py::object norm, py::object averages, py::object accumulators) {
+                       py::object norm, py::object averages, py::object accumulators,
+                       py::object norm_scales, py::object remainders,
+                       const py::object& weight_rounding) {
              return std::make_unique<Plan>(
                  params, std::move(names), groups,
-                 StateArrays{std::move(momentum), std::move(norm), std::move(averages),
-                             std::move(accumulators)});
+                 KeptLists{std::move(momentum), std::move(norm), std::move(averages),
+                           std::move(accumulators), std::move(norm_scales), std::move(remainders)},
+                 weight_rounding);
            }),
            py::arg("params"), py::arg("names"), py::arg("groups"), py::kw_only(),
-           py::arg("momentum"), py::arg("norm"), py::arg("averages"), py::arg("accumulators"))
+           py::arg("momentum"), py::arg("norm"), py::arg("averages"), py::arg("accumulators"),
+           py::arg("norm_scales") = py::none(), py::arg("remainders") = py::none(),
+           py::arg("weight_rounding") = "nearest")
       .def("step", &Plan::step, py::arg("grads"), py::arg("variables").none(true),
            py::arg("groups"), py::arg("call"))
       .def("finalize", &Plan::finalize, py::arg("variables").none(true))

@@ -4,20 +4,13 @@
 #include <algorithm>
 
 #include "bindings/busy.hpp"
+#include "bindings/settings.hpp"
 
 namespace adamax::bindings {
-namespace {
-
-constexpr std::array<std::string_view, 4> kStateRoles = {"momentum", "norm", "average",
-                                                         "gradient_accumulator"};
-
-constexpr std::array kStateMembers = {&Arrays::momentum, &Arrays::norm, &Arrays::average,
-                                      &Arrays::accumulator};
-
-}  // namespace
 
 Plan::Plan(const py::tuple& params, std::vector<std::string> names,
-           const std::vector<std::uint32_t>& groups, const StateArrays& state) {
+           const std::vector<std::uint32_t>& groups, const KeptLists& lists,
+           const py::object& rounding) {
   Leases leases;
   Streams streams;
   entries_.resize(params.size());
@@ -33,13 +26,17 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
     index_by_identity_.emplace(entry.param.ptr(), i);
     has_versions_ = has_versions_ || has_version(entry.param);
 
-    entry.variable = {{param.data}, param.size, {param.dtype, param.dtype}, groups.at(i)};
-    const py::object* const lists[] = {&state.momentum, &state.norm, &state.averages,
-                                       &state.accumulators};
-    for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
-      if (!lists[role]->is_none()) entry.state[role] = (*lists[role])[py::int_(i)];
+    const Storage storage{param.dtype, param.dtype, StateFormat::kFull,
+                          weight_rounding(rounding, param.dtype, label("variables", i))};
+    entry.variable = {.memory = {.param = param.data},
+                      .size = param.size,
+                      .storage = storage,
+                      .group = groups.at(i),
+                      .number = static_cast<std::uint32_t>(i)};
+    for (int kind = 0; kind < kNumKept; ++kind) {
+      if (!lists[kind].is_none()) entry.kept[kind].object = lists[kind][py::int_(i)];
     }
-    refresh_state(i, leases);
+    refresh_kept(i, leases);
   }
   find_written_memory();
   runner_.emplace(entries_.empty() ? kHost : entries_[0].buffer.device);
@@ -85,7 +82,7 @@ void Plan::set_accumulated(const std::vector<bool>& accumulated) {
 int Plan::traverse(visitproc visit, void* arg) const {
   for (const Entry& entry : entries_) {
     Py_VISIT(entry.param.ptr());
-    for (const py::object& array : entry.state) Py_VISIT(array.ptr());
+    for (const KeptArray& kept : entry.kept) Py_VISIT(kept.object.ptr());
   }
   return 0;
 }
@@ -100,14 +97,12 @@ void Plan::find_written_memory() {
   WrittenMemory written;
   index_by_memory_.clear();
   for (std::size_t i = 0; i < entries_.size(); ++i) {
-    const Variable& v = entries_[i].variable;
     const Buffer& param = entries_[i].buffer;
     index_by_memory_.emplace(std::pair(param.data, param.bytes()), i);
     written.add(param.data, param.bytes(), label("variables", i));
-    for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
-      if (!entries_[i].state[role]) continue;
-      written.add(v.memory.*kStateMembers[role], v.size * itemsize(compute_dtype(v.storage.param)),
-                  label(kStateRoles[role], i));
+    for (int kind = 0; kind < kNumKept; ++kind) {
+      const std::span<const char> memory = entries_[i].kept[kind].memory;
+      written.add(memory.data(), memory.size(), label(kKeptNames[kind], i));
     }
   }
   written.seal();
@@ -130,7 +125,7 @@ void Plan::refresh(Leases& leases, Streams& streams) {
     require_same_layout(now, label("variables", i), planned,
                         {"the variable at build", -1, nullptr});
     streams.add(now);
-    if (planned.device != kHost) refresh_state(i, leases);
+    if (planned.device != kHost) refresh_kept(i, leases);
     if (now.data == planned.data) continue;
     written_is_current_ = false;  // also if a later variable is refused
     entry.buffer.data = now.data;
@@ -139,19 +134,20 @@ void Plan::refresh(Leases& leases, Streams& streams) {
   if (!written_is_current_) find_written_memory();
 }
 
-void Plan::refresh_state(std::size_t i, Leases& leases) {
+void Plan::refresh_kept(std::size_t i, Leases& leases) {
   Entry& entry = entries_[i];
   Buffer now;
-  for (std::size_t role = 0; role < kStateRoles.size(); ++role) {
-    if (!entry.state[role]) continue;
-    void*& known = entry.variable.memory.*kStateMembers[role];
-    const Label name = label(kStateRoles[role], i);
-    import_buffer(entry.state[role], name, Access::kWrite, leases, now, known);
-    require_computed(now, name, entry.buffer);
-    require_same_layout(now, name, entry.buffer, label("variables", i));
-    if (now.data == known) continue;
-    written_is_current_ = false;
-    known = now.data;
+  for (int kind = 0; kind < kNumKept; ++kind) {
+    KeptArray& kept = entry.kept[kind];
+    if (!import_kept(static_cast<Kept>(kind), kept.object, label(kKeptNames[kind], i), entry.buffer,
+                     label("variables", i), entry.variable, leases, now)) {
+      continue;
+    }
+    const std::span<const char> before = kept.memory;
+    kept.memory = now.memory();
+    if (kept.memory.data() != before.data() || kept.memory.size() != before.size()) {
+      written_is_current_ = false;
+    }
   }
 }
 

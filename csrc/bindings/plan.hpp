@@ -14,21 +14,21 @@
 #include "adamax/adamax.hpp"
 #include "bindings/backend.hpp"
 #include "bindings/buffer.hpp"
+#include "bindings/kept.hpp"
 #include "bindings/overlap.hpp"
 
 namespace adamax::bindings {
 
-// Lists with an entry a variable; `averages` and `accumulators` may be None.
-struct StateArrays {
-  py::object momentum, norm, averages, accumulators;
-};
+// For each kind a list with an entry a variable, or None.
+using KeptLists = std::array<py::object, kNumKept>;
 
 // One call at a time: a second one, also from within the first, raises RuntimeError.
 class Plan {
  public:
-  // `groups` has the index of each variable's group.
+  // `groups` has the index of each variable's group. The number of a variable is its position.
   Plan(const py::tuple& params, std::vector<std::string> names,
-       const std::vector<std::uint32_t>& groups, const StateArrays& state);
+       const std::vector<std::uint32_t>& groups, const KeptLists& lists,
+       const py::object& rounding);
 
   ~Plan();
 
@@ -49,9 +49,13 @@ class Plan {
   void clear();
 
  private:
+  struct KeptArray {
+    py::object object = py::none();
+    std::span<const char> memory;  // as last seen
+  };
   struct Entry {
     py::object param;
-    std::array<py::object, 4> state;  // the arrays of kStateRoles, or none, in `variable`
+    std::array<KeptArray, kNumKept> kept;  // in `variable`
     std::string name;
     Buffer buffer;                   // of the parameter, as last seen
     Variable variable;               // without a gradient
@@ -63,7 +67,7 @@ class Plan {
   }
   // Reads again where parameters lie, and state on a device: the tensors of its library.
   void refresh(Leases& leases, Streams& streams);
-  void refresh_state(std::size_t i, Leases& leases);
+  void refresh_kept(std::size_t i, Leases& leases);
   void find_written_memory();
   Program largest_program() const;
   // The variable that is this object; `position` is where it mostly is.

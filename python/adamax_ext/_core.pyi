@@ -57,6 +57,9 @@ class Plan:
         norm: Sequence[Any],
         averages: Sequence[Any] | None,
         accumulators: Sequence[Any] | None,
+        norm_scales: Sequence[Any] | None = ...,  # of state in fewer bits, else None
+        remainders: Sequence[Any] | None = ...,  # of bfloat16 with "remainder", else None
+        weight_rounding: str = ...,
     ) -> None: ...
     def step(
         self,
@@ -106,6 +109,14 @@ def update(
     variable: int,
     first_element: int,
 ) -> None: ...
+def decode_state(
+    momentum: Any, norm: Any, norm_scale: Any, epsilon: float, to_momentum: Any, to_norm: Any
+) -> None: ...
+def encode_state(
+    from_momentum: Any, from_norm: Any, epsilon: float, momentum: Any, norm: Any, norm_scale: Any
+) -> None: ...
+def join_weights(weights: Any, remainders: Any, joined: Any) -> None: ...
+def split_weights(joined: Any, weights: Any, remainders: Any) -> None: ...
 def global_norm(buffers: tuple[Any, ...]) -> float: ...
 def describe(
     buffer: Any, role: str, index: int

@@ -195,6 +195,20 @@ struct ConstBuffer {
 // The Euclidean norm over all buffers together; infinite or NaN if an element is.
 double global_norm(std::span<const ConstBuffer> buffers);
 
+// State in fewer bits, as float32 and back. `memory` has momentum, norm and norm_scale, all in host
+// memory; `epsilon` is that of a group with EpsilonRule::kOutside, else 0, and matters for 8 bits
+// alone. What is stored is rounded to nearest, with the largest norm of a block as its scale: from
+// codes to float32 and back is within one rounding. kFull copies float32.
+void decode_state(StateFormat format, const Arrays& memory, std::int64_t size, double epsilon,
+                  float* momentum, float* norm);
+void encode_state(StateFormat format, const Arrays& memory, std::int64_t size, double epsilon,
+                  const float* momentum, const float* norm);
+// Weights with a remainder, as the float32 numbers that they stand for, and back.
+void join_weights(const BFloat16* weights, const std::int16_t* remainders, std::int64_t size,
+                  float* joined);
+void split_weights(const float* joined, std::int64_t size, BFloat16* weights,
+                   std::int16_t* remainders);
+
 // Instruction sets that this processor runs, best last; the one in use. The environment variable
 // ADAMAX_EXT_ISA (one of the list, or "auto") decides at first use; a wrong value throws
 // std::invalid_argument.
