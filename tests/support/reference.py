@@ -219,11 +219,9 @@ class ReferenceAdamax:
                 for i in h:
                     h[i] = h[i] * h[i].dtype.type(scale)
         for i in h:
-            update(
-                self.variables[i],
+            self._step(
+                i,
                 h[i],
-                self.m[i],
-                self.u[i],
                 step=step,
                 learning_rate=lr,
                 beta_1=self.beta_1,
@@ -242,6 +240,9 @@ class ReferenceAdamax:
                 if self.ema_overwrite_frequency and step % self.ema_overwrite_frequency == 0:
                     w[...] = average
                     self._store(w)
+
+    def _step(self, i, h, **settings):
+        update(self.variables[i], h, self.m[i], self.u[i], **settings)
 
     def _store(self, w):
         if self.storage is not None:

@@ -1,8 +1,8 @@
 """Low-memory training as a NumPy program: the contract of LOWMEM.md, slow and plain.
 
-The step is that of SPEC.md section 1 in float32; this file says how state and bfloat16 weights are stored
-between steps: decode -> step -> encode. Every operation is one IEEE float32 operation or one 32-bit integer
-operation, so bits are equal on every ISA, thread count and GPU.
+The step is that of SPEC.md section 1 in float32; this file says how state and bfloat16 weights are
+stored between steps: decode -> step -> encode. Every operation is one IEEE float32 operation or one
+32-bit integer operation, so bits are equal on every ISA, thread count and GPU.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ import numpy as np
 
 from support import reference
 
-F, I, U = np.float32, np.int32, np.uint32
-BLOCK = 256  # elements that share one scale in 8-bit state; blocks start at element 0, the last may be short
+F, S, U = np.float32, np.int32, np.uint32
+BLOCK = 256  # elements that share a scale in 8-bit state, from element 0; the last may be short
 SMALLEST = 4096  # variables with fewer elements keep float32 state when state_bits is 8
 
-# ------------------------------------------------------------------------------------------- random words
+# ---- random words --------------------------------------------------------------------------------
 
 
 def philox4x32(counter, key, rounds=10):
-    """Philox4x32-10 (Salmon et al. 2011) on Python integers; runs once per variable and step, on the host."""
+    """Philox4x32-10 (Salmon et al. 2011) on Python integers, once per variable and step."""
     c, k, mask = list(counter), list(key), 0xFFFFFFFF
     for _ in range(rounds):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -32,10 +32,11 @@ WEIGHT, MOMENTUM = 0, 1  # two streams, so that the roundings of w and of m are 
 
 
 def random_bits(stream, seed, step, variable, first, count):
-    """Random numbers for the elements first .. first+count-1: uint16 for a weight, uint8 for a momentum.
+    """Return uint16 for a weight, uint8 for a momentum, for elements first .. first+count-1.
 
-    Element e takes part e % k of word e // k (lowest bits first), k = 2 or 4 numbers to a word; a word is a keyed
-    three-round hash (triple32) of a Weyl sequence. The keys come from Philox, once per variable and step.
+    Element e takes part e % k of word e // k (lowest bits first), k = 2 or 4 numbers to a word; a
+    word is a keyed three-round hash (triple32) of a Weyl sequence. The keys come from Philox, once
+    per variable and step.
     """
     dtype, k = (np.uint16, 2) if stream == WEIGHT else (np.uint8, 4)
     parts, index, end = [np.empty(0, U)], first // k, -(-(first + count) // k)
@@ -59,7 +60,7 @@ def random_bits(stream, seed, step, variable, first, count):
     return np.concatenate(parts).view(dtype)[first % k : first % k + count]  # a little-endian view
 
 
-# ------------------------------------------------------------------------------------------ bfloat16 weights
+# ---- bfloat16 weights ----------------------------------------------------------------------------
 
 
 def bits(x):
@@ -85,7 +86,7 @@ def bf16_nearest(x):
 
 
 def bf16_stochastic(x, random):
-    """Away from zero with probability (low half)/2^16, so the mean is exact; a value that fits never moves."""
+    """Away from zero with probability (low half)/2^16: the mean is exact; what fits never moves."""
     drawn = random.astype(U) if random.dtype == np.uint16 else (random.astype(U) << U(8)) + U(128)
     half = ((bits(x) + drawn) >> U(16)).astype(np.uint16)
     return np.where(
@@ -94,7 +95,7 @@ def bf16_stochastic(x, random):
 
 
 def bf16_split(x):
-    """float32 -> bfloat16 (nearest, ties away from zero) and the int16 remainder; exact but for NaN payloads."""
+    """bfloat16 (nearest, ties away from zero) and int16 remainder; exact but for NaN payloads."""
     b = bits(x)
     nan = np.isnan(x)
     half = np.where(nan, np.uint16(QUIET), ((b + U(0x8000)) >> U(16)).astype(np.uint16))
@@ -102,17 +103,18 @@ def bf16_split(x):
 
 
 def bf16_join(half, remainder):
-    """The float32 master. A weight that somebody else set to zero has no remainder (else it would become NaN)."""
+    """The float32 master. A weight that somebody else set to zero has no remainder (else: NaN)."""
     stale = ((half & np.uint16(0x7FFF)) == 0) & (remainder < 0)
-    low = np.where(stale, 0, remainder.astype(I))
-    return floats(((half.astype(I) << I(16)) + low).view(U))
+    low = np.where(stale, 0, remainder.astype(S))
+    return floats(((half.astype(S) << S(16)) + low).view(U))
 
 
-# ------------------------------------------------------------------------------------------------- state
+# ---- state ---------------------------------------------------------------------------------------
 
 
-# 16 bits: m is bfloat16, rounded stochastically; u is bfloat16 of u / s, rounded to nearest, where the scale s of
-# the variable takes the decay: what does not change keeps its bits, however small the decay of a step.
+# 16 bits: m is bfloat16, rounded stochastically; u is bfloat16 of u / s, rounded to nearest, where
+# the scale s of the variable takes the decay: what does not change keeps its bits, however small
+# the decay of a step is.
 
 
 def next_variable_scale(scale, beta_2):
@@ -133,17 +135,13 @@ class StateFormat:
     norm_dtype: type = np.uint8
     momentum_dtype: type = np.int8
     norm_bits: int = 4  # mantissa bits kept of u / scale
-    momentum_bits: int = (
-        4  # mantissa bits kept of |ratio| + OFFSET, the ratio being m / (u + epsilon)
-    )
+    momentum_bits: int = 4  # mantissa bits kept of |m / (u + epsilon)| + OFFSET
     stochastic: bool = True  # how the ratio is rounded; False is for experiments only
 
 
 FORMAT = StateFormat()
-OFFSET, OFFSET_BITS = (
-    F(17 / 4096),
-    0x3B880000,
-)  # code of the ratio: linear below the offset, logarithmic above
+# Code of the ratio: linear below the offset, logarithmic above.
+OFFSET, OFFSET_BITS = F(17 / 4096), 0x3B880000
 SMALLEST_SCALE = F(2.0**-86)  # a block below it is zero: no subnormal number is ever decoded
 POISON = F(2.0**127)  # larger u (inf included) does not count for the scale of its block
 ONE = 0x3F800000
@@ -152,21 +150,21 @@ ONE = 0x3F800000
 def decode_norm(fmt, norm, scale):
     """Codes of whole blocks, shape (blocks, 256), one scale a block -> float32 u."""
     shift, top = 23 - fmt.norm_bits, np.iinfo(fmt.norm_dtype).max
-    base = I(
+    base = S(
         (ONE >> shift) - top
     )  # code `top` stands for the scale, code 0 for the floor: 2^-16 * 17/16 of it
-    return floats((norm.astype(I) + base).astype(U) << U(shift)) * scale[:, None]
+    return floats((norm.astype(S) + base).astype(U) << U(shift)) * scale[:, None]
 
 
 def decode_ratio(fmt, momentum):
     """Codes -> m / (u + epsilon); the largest code stands for 1 - OFFSET."""
-    c = momentum.astype(I)
+    c = momentum.astype(S)
     magnitude = floats((np.abs(c).astype(U) << U(23 - fmt.momentum_bits)) + U(OFFSET_BITS)) - OFFSET
     return np.copysign(magnitude, c.astype(F))
 
 
 def next_scale(scale, u, beta_2):
-    """The scale decays as u does; it grows by whole octaves, so codes of untouched elements never move."""
+    """The scale decays as u does; it grows by whole octaves: untouched codes never move."""
     largest = np.where(u < POISON, u, F(0)).max(axis=1).astype(F)
     largest = np.where(largest < SMALLEST_SCALE, F(0), largest)
     decayed = scale * F(beta_2)
@@ -177,13 +175,12 @@ def next_scale(scale, u, beta_2):
 
 
 def encode_norm(fmt, u, scale):
-    """u of whole blocks -> codes and the u they stand for; to nearest: what only decayed keeps its code for ever."""
+    """u of whole blocks -> codes and the u they stand for, to nearest: decay moves no code."""
     shift, top = 23 - fmt.norm_bits, np.iinfo(fmt.norm_dtype).max
     base = (ONE >> shift) - top
     with np.errstate(all="ignore"):
-        inverse = np.where(scale > 0, F(1) / scale, F(2.0**-126))[
-            :, None
-        ]  # not 0: inf * 0 would be a NaN
+        # Not 0 for none: inf * 0 would be a NaN.
+        inverse = np.where(scale > 0, F(1) / scale, F(2.0**-126))[:, None]
         r = bits(u * inverse).astype(np.int64)
         c = np.maximum((r + (1 << (shift - 1))) >> shift, base)
         return np.minimum(c - base, top).astype(fmt.norm_dtype), floats(c << shift) * scale[:, None]
@@ -207,11 +204,8 @@ class LowState:
     """m and u of one variable, in 32, 16 or 8 bits each."""
 
     def __init__(self, size, state_bits, epsilon=1e-7, fmt=FORMAT):
-        self.size, self.epsilon, self.fmt = (
-            size,
-            epsilon,
-            fmt,
-        )  # 0 for the inside rule: m is relative to u + epsilon
+        # An epsilon of 0 for the inside rule: m is relative to u + epsilon.
+        self.size, self.epsilon, self.fmt = size, epsilon, fmt
         self.bits = 32 if state_bits == 8 and size < SMALLEST else state_bits
         blocks = -(-size // BLOCK)
         if self.bits == 32:
@@ -236,6 +230,10 @@ class LowState:
         u = decode_norm(self.fmt, self.norm, self.scale)
         m = decode_ratio(self.fmt, self.momentum) * (u + F(self.epsilon))
         return m.ravel()[: self.size].copy(), u.ravel()[: self.size].copy()
+
+    def blocks(self, x):
+        """Return it in whole blocks: missing elements count as zeros."""
+        return np.pad(x, (0, self.norm.size - self.size)).reshape(-1, BLOCK)
 
     def step(self, w, h, random, beta_2, **options):
         """One update of `w` in place, state included."""
@@ -269,11 +267,10 @@ class LowState:
         epsilon_mode="outside",
         clipvalue=None,
     ):
-        """SPEC.md's step, with u rounded to its code before it is divided by: what is stored is what steps."""
+        """SPEC.md's step, with u rounded to its code before it divides: what is stored steps."""
         rate = F(learning_rate / reference.bias_correction(float(beta_1), step))
         outside = F(epsilon if epsilon_mode == "outside" else 0)
         m, u = self.read()
-        pad = lambda x: np.pad(x, (0, self.norm.size - self.size)).reshape(-1, BLOCK)
         with np.errstate(all="ignore"):
             if clipvalue is not None:
                 h = np.minimum(np.maximum(h, F(-clipvalue)), F(clipvalue))
@@ -284,11 +281,11 @@ class LowState:
             size = np.abs(h) if epsilon_mode == "outside" else np.abs(h) + F(epsilon)
             m = m + (h - m) * F(1 - beta_1)
             u = np.fmax(u * F(beta_2), size)  # a NaN reaches the weight through m
-            self.scale = next_scale(self.scale, pad(u), beta_2)
-            self.norm, u = encode_norm(self.fmt, pad(u), self.scale)
+            self.scale = next_scale(self.scale, self.blocks(u), beta_2)
+            self.norm, u = encode_norm(self.fmt, self.blocks(u), self.scale)
             ratio = m / (u.ravel()[: self.size] + outside)
             w[...] = w - rate * ratio
-            self.momentum = encode_ratio(self.fmt, pad(ratio), pad(random))
+            self.momentum = encode_ratio(self.fmt, self.blocks(ratio), self.blocks(random))
 
     def convert(self, m, u):
         """From float32 state, everything to nearest; the scale of a block is its largest u."""
@@ -298,17 +295,18 @@ class LowState:
         elif self.bits == 16:
             self.momentum, self.norm, self.scale = bf16_split(m)[0], bf16_split(u)[0], F(1)
         else:
-            pad = lambda x: np.pad(x, (0, self.norm.size - self.size)).reshape(-1, BLOCK)
-            u = pad(u)
+            u = self.blocks(u)
             self.scale = next_scale(np.zeros_like(self.scale), u, 0)
             self.norm, u = encode_norm(self.fmt, u, self.scale)
             with np.errstate(all="ignore"):
-                ratio = np.where(u + F(self.epsilon) > 0, pad(m) / (u + F(self.epsilon)), F(0))
+                ratio = np.where(
+                    u + F(self.epsilon) > 0, self.blocks(m) / (u + F(self.epsilon)), F(0)
+                )
             self.momentum = encode_ratio(self.fmt, ratio, np.full(ratio.shape, 0x80, np.uint8))
 
 
 class LowWeight:
-    """One variable: float32, or bfloat16 with one of three ways to treat the bits that do not fit."""
+    """One variable: float32, or bfloat16 with one of three ways to treat what does not fit."""
 
     def __init__(self, array, storage="float32", rounding="nearest"):
         self.shape, self.storage, self.rounding = array.shape, storage, rounding
@@ -347,7 +345,7 @@ class LowWeight:
 
 
 class LowMemoryAdamax:
-    """Adamax over float32 or bfloat16 variables with 32-, 16- or 8-bit state: decode, step, encode."""
+    """Adamax on float32 or bfloat16 variables with 32-, 16- or 8-bit state."""
 
     def __init__(
         self,
@@ -377,7 +375,7 @@ class LowMemoryAdamax:
             learning_rate=self.learning_rate if learning_rate is None else learning_rate,
             weight_decay=self.weight_decay,
         )
-        for i, (weight, state, g) in enumerate(zip(self.weights, self.states, grads)):
+        for i, (weight, state, g) in enumerate(zip(self.weights, self.states, grads, strict=True)):
             if g is None:
                 continue
             w = weight.read()

@@ -1,0 +1,220 @@
+"""State in fewer bits and weights with their rounding, beside the program."""
+
+from unittest import mock
+
+import adamax_ext
+import numpy as np
+
+from support import reference_lowmem as program
+from support.bits import (
+    PAIRS,
+    assert_same_bits,
+    dtype_of,
+    is_testable,
+    memory_order,
+    rounded,
+    spread,
+    widened,
+)
+from support.reference import ReferenceAdamax
+from support.steps import EMA_MOMENTUM
+
+ROUNDINGS = ("nearest", "stochastic", "remainder")
+# Parameter, gradient, bits of the state, rounding of the weights: all but the plain ones.
+STORAGES = [
+    (param, grad, bits, rounding)
+    for param, grad in PAIRS
+    if is_testable(param, grad)
+    for bits in (32, 16, 8)
+    for rounding in ROUNDINGS
+    if rounding == "nearest" or param == "bfloat16"
+    if bits < 32 or rounding != "nearest"
+    if bits == 32 or param != "float64"
+]
+
+
+def placed(array, odd):
+    """Return a copy that begins `odd` bytes after an address that any type may begin at."""
+    memory = np.zeros(array.nbytes + 64 + odd, np.uint8)
+    begin = -memory.ctypes.data % 64 + odd
+    copy = memory[begin : begin + array.nbytes].view(array.dtype)
+    copy[:] = array
+    return copy
+
+
+def low_state(size, bits, epsilon):
+    """Return the program's state, which it keeps in these bits however few the elements are."""
+    with mock.patch.object(program, "SMALLEST", 0):
+        return program.LowState(size, bits, epsilon)
+
+
+def low_weight(values, dtype, rounding):
+    """Return the program's weights, of float32 values rounded to `dtype`."""
+    storage = "bfloat16" if dtype == "bfloat16" else "float32"
+    return program.LowWeight(widened(rounded(values, dtype_of(dtype))), storage, rounding)
+
+
+class Twins:
+    """One variable twice: in buffers for `update`, and as the program has it.
+
+    It begins with any codes, unless `is_fresh`. All buffers begin `odd` bytes after where they
+    should.
+    """
+
+    def __init__(self, rng, size, storage, *, is_fresh=False, odd=0, average=True, **place):
+        self.param, self.grad, bits, rounding = storage
+        self.place = {"seed": 2**63 + 7, "variable": 5, "first_element": 0} | place
+        self.rounding, self.odd = rounding, odd
+        self.weight = low_weight(spread(rng, size, np.float32, -10, 3), self.param, rounding)
+        self.state = low_state(size, bits, 0.0)
+        if not is_fresh:
+            self._fill(rng, size, bits)
+        self.average = widened(self.weight.read()) if average else None
+        stored = {"m": self.state.momentum.ravel()[:size], "u": self.state.norm.ravel()[:size]}
+        if bits < 32:
+            stored["norm_scale"] = np.atleast_1d(self.state.scale)
+        if rounding == "remainder" and self.param == "bfloat16":
+            stored["remainder"] = self.weight.low
+        if average:
+            stored["average"] = self.average
+        stored["param"] = self._as_stored()
+        self.buffers = {name: placed(array, odd) for name, array in stored.items()}
+
+    def _fill(self, rng, size, bits):
+        state = self.state
+        if bits == 8:
+            state.momentum = rng.integers(-127, 128, state.momentum.shape).astype(np.int8)
+            state.norm = rng.integers(0, 256, state.norm.shape).astype(np.uint8)
+            state.scale = np.exp2(rng.uniform(-20, 5, state.scale.size)).astype(np.float32)
+            state.scale[rng.random(state.scale.size) < 0.2] = 0
+            state.momentum[state.scale == 0] = state.norm[state.scale == 0] = 0
+            return
+        u = np.abs(spread(rng, size, np.float32, -10, 3))
+        m = u * rng.uniform(-1, 1, size).astype(np.float32)
+        if bits == 32:
+            state.momentum, state.norm = m, u
+        else:
+            state.momentum, state.norm = program.bf16_nearest(m), program.bf16_nearest(u)
+            state.scale = np.float32(rng.uniform(0.51, 1))
+
+    def _as_stored(self):
+        if self.param == "bfloat16":
+            return self.weight.half.view(dtype_of("bfloat16"))
+        return rounded(self.weight.value, dtype_of(self.param))
+
+    def step(self, gradient, label, *, step, grad_scale=1.0, clipvalue=None, **settings):
+        """Do one step on both, and require the same bits."""
+        grad = placed(rounded(gradient, dtype_of(self.grad)), self.odd)
+        size = grad.size
+        settings = {"step": step, "clipvalue": clipvalue, **settings}
+        self.state.epsilon = settings["epsilon"]
+        if settings.get("epsilon_mode") == "inside":
+            self.state.epsilon = 0.0
+        draw = (self.place["seed"], step, self.place["variable"], self.place["first_element"], size)
+        w = self.weight.read()
+        with np.errstate(all="ignore"):
+            h = widened(grad) * np.float32(grad_scale)
+            self.state.step(w, h, program.random_bits(program.MOMENTUM, *draw), **settings)
+            if self.param == "float16":
+                w = widened(rounded(w, np.dtype(np.float16)))
+            self.weight.write(w, program.random_bits(program.WEIGHT, *draw))
+            if self.average is not None:
+                w, k = self.weight.read(), np.float32(EMA_MOMENTUM)
+                running = self.average * k + w * (np.float32(1) - k)
+                self.average = w if step == 1 else running
+        adamax_ext.update(
+            grad=grad,
+            **self.buffers,
+            **self.place,
+            grad_scale=grad_scale,
+            ema_momentum=EMA_MOMENTUM,
+            weight_rounding=self.rounding,
+            **settings,
+        )
+        self.require_same(label)
+
+    def require_same(self, label):
+        size = self.buffers["param"].size
+        expected = {
+            "m": self.state.momentum.ravel()[:size],
+            "u": self.state.norm.ravel()[:size],
+            "param": self._as_stored(),
+            "average": self.average,
+        }
+        if "norm_scale" in self.buffers:
+            expected["norm_scale"] = np.atleast_1d(self.state.scale)
+        if "remainder" in self.buffers:
+            expected["remainder"] = self.weight.low
+        for name, array in self.buffers.items():
+            assert_same(array, expected[name], f"{name} after {label}")
+        if self.param == "bfloat16" and self.rounding != "nearest":  # every NaN is the same one
+            halves = self.buffers["param"].view(np.uint16)
+            np.testing.assert_array_equal(halves, self.weight.half, f"bits after {label}")
+
+
+def assert_same(actual, expected, label):
+    """As `assert_same_bits`, also of integers."""
+    if actual.dtype.kind in "iu":
+        np.testing.assert_array_equal(actual, expected, label, strict=True)
+    else:
+        assert_same_bits(actual, expected, label)
+
+
+class LowMemoryReference(ReferenceAdamax):
+    """The program with all settings: what it keeps between steps is in few bits."""
+
+    def __init__(self, state_bits=32, weight_rounding="nearest", seed=0, **settings):
+        super().__init__(**settings)
+        self.state_bits, self.weight_rounding, self.seed = state_bits, weight_rounding, seed
+
+    def build(self, variables):
+        # In the order of memory, by which blocks and random numbers go.
+        super().build([widened(memory_order(v)) for v in variables])
+        self.dtypes = [v.dtype for v in variables]
+        self.weights = [
+            low_weight(w, dtype.name, self.weight_rounding)
+            for w, dtype in zip(self.variables, self.dtypes, strict=True)
+        ]
+        self.states = [
+            program.LowState(w.size, self.state_bits, self.epsilon) for w in self.variables
+        ]
+
+    def apply(self, grads):
+        super().apply([None if g is None else memory_order(g) for g in grads])
+
+    def _step(self, i, h, *, step, **settings):
+        w = self.variables[i]
+        if w.dtype == np.float64:
+            return super()._step(i, h, step=step, **settings)
+        draw = self.seed, step, i, 0, w.size
+        random = program.random_bits(program.MOMENTUM, *draw)
+        self.states[i].step(w, h, random, step=step, **settings)
+        if self.dtypes[i].name == "bfloat16":
+            self.weights[i].write(w, program.random_bits(program.WEIGHT, *draw))
+            w[...] = self.weights[i].read()
+        return None
+
+    def _store(self, w):
+        i = next(i for i, other in enumerate(self.variables) if other is w)
+        with np.errstate(all="ignore"):
+            if self.dtypes[i].name != "bfloat16":
+                w[...] = widened(rounded(w, self.dtypes[i]))
+            elif self.weight_rounding == "remainder":
+                self.weights[i].half, self.weights[i].low = program.bf16_split(w)
+            else:
+                self.weights[i].half = program.bf16_nearest(w)
+                w[...] = program.bf16_widen(self.weights[i].half)
+
+    def kept(self, i):
+        """Return the arrays of a variable as they are stored, and its weights."""
+        dtype, weight = self.dtypes[i], self.weights[i]
+        kept = {"average": self.average[i], "gradient_accumulator": self.accumulator[i]}
+        if dtype == np.float64:
+            return {**kept, "momentum": self.m[i], "norm": self.u[i], "weights": self.variables[i]}
+        state, size = self.states[i], self.variables[i].size
+        kept |= {"momentum": state.momentum.ravel()[:size], "norm": state.norm.ravel()[:size]}
+        if state.scale is not None:
+            kept["norm_scale"] = np.atleast_1d(state.scale)
+        if dtype.name == "bfloat16":
+            return {**kept, "remainder": weight.low, "weights": weight.half.view(dtype)}
+        return {**kept, "weights": rounded(self.variables[i], dtype)}
