@@ -151,7 +151,7 @@ def test_variables_are_live_and_in_the_order_of_keras():
     assert list(map(bits, inner)) == list(map(bits, scaled.inner_optimizer.variables))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.is_low_memory])
 def test_own_variables_round_trip(name):
     """The layout of Keras holds all but the last digits of the rate, and which zeros are sums."""
     case = CASES[name]

@@ -279,7 +279,7 @@ FOREIGN = [  # bytes, or metadata of a file of tensors
     ({"format": "pt"}, "is no checkpoint of adamax_ext: it has no 'adamax_ext' header"),
     ({"adamax_ext": "{"}, None),
     ({"adamax_ext": "[1]"}, r"no JSON object: \[1\]"),
-    ({"adamax_ext": "{}"}, "format_version must be 1 or 2; received None"),
+    ({"adamax_ext": "{}"}, "format_version must be 1, 2 or 3; received None"),
 ]
 
 

@@ -42,14 +42,19 @@ BAD_NORMS = [
 ]
 RATES = "expected both to be numbers, or neither"
 REFUSED = [  # the optimizer, a change of what it saved, error, message
-    (FULL, put([3], "format_version"), ValueError, "format_version must be 1 or 2; received 3"),
+    (FULL, put([4], "format_version"), ValueError, "format_version must be 1, 2 or 3; received 4"),
     (
         FULL,
         put([None], "format_version"),
         ValueError,
-        "format_version must be 1 or 2; received None",
+        "format_version must be 1, 2 or 3; received None",
     ),
-    (FULL, put(None, "format_version"), ValueError, "format_version must be 1 or 2; received None"),
+    (
+        FULL,
+        put(None, "format_version"),
+        ValueError,
+        "format_version must be 1, 2 or 3; received None",
+    ),
     (FULL, put(None, "calls"), ValueError, KEYS),
     (FULL, put([1], "more"), ValueError, KEYS),
     (FULL, put([{}], "loss_scale"), ValueError, KEYS),
@@ -64,7 +69,7 @@ REFUSED = [  # the optimizer, a change of what it saved, error, message
         FULL,
         put([True], "format_version"),
         ValueError,
-        "format_version must be 1 or 2; received Tru",
+        "format_version must be 1, 2 or 3; received Tru",
     ),
     (FULL, put([[]], "excluded_from_weight_decay"), ValueError, KEYS),  # of version 1
     (FULL, put(None, "accumulated"), ValueError, KEYS),

@@ -2,6 +2,7 @@
 
 from adamax_ext import schedules
 from adamax_ext._core import __version__
+from adamax_ext.convert import convert_state
 from adamax_ext.functional import (
     active_isa,
     available_isas,
@@ -21,6 +22,7 @@ __all__ = [
     "active_isa",
     "available_isas",
     "build_info",
+    "convert_state",
     "get_num_threads",
     "global_norm",
     "schedules",

@@ -57,12 +57,14 @@ positive = partial(real, wanted="> 0", valid=lambda x: x > 0)
 not_negative = partial(real, wanted=">= 0", valid=lambda x: x >= 0)
 
 
-def integer(name: str, value: Any, least: int, most: int = 2**53) -> int:
-    """Return `value` as an int; ValueError unless it is an integer from `least` to `most`."""
+def integer(name: str, value: Any, least: int, most: int = 2**53, multiple_of: int = 1) -> int:
+    """Return `value` as an int; ValueError unless it is such an integer from `least` to `most`."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (is_integer and least <= value <= most):
         bound = f">= {least}" if not is_integer or value < least else f"<= {most}"
         raise ValueError(f"{name} must be an integer {bound}; received {value!r}")
+    if value % multiple_of:
+        raise ValueError(f"{name} must be a multiple of {multiple_of}; received {value!r}")
     return int(value)
 
 
@@ -76,6 +78,16 @@ def string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string; received {value!r}")
     return value
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Return the one of some integers or words that `value` is; ValueError if it is none."""
+    if isinstance(value, (str, numbers.Integral)) and not isinstance(value, bool):
+        for choice in choices:
+            if value == choice:
+                return choice
+    *most, last = map(repr, choices)
+    raise ValueError(f"{name} must be {', '.join(most)} or {last}; received {value!r}")
 
 
 def optional(check: Check) -> Check:

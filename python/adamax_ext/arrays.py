@@ -15,17 +15,30 @@ HostArray: TypeAlias = np.ndarray[Any, Any]
 Array: TypeAlias = Any
 
 
-def zeros_for(variable: Any, role: str, index: int) -> Array:
-    """Return zeros with shape, memory order and device of `variable`, in its compute type."""
-    shape, strides, own_dtype, dtype, address, _, device = _core.describe(variable, role, index)
+def zeros_for(
+    variable: Any, role: str, index: int, dtype: str | None = None, length: int | None = None
+) -> Array:
+    """Return zeros with shape, memory order and device of `variable`, in its compute type.
+
+    Or in `dtype`, where bfloat16 is uint16 if there is no other; or in one axis of that `length`.
+    """
+    shape, strides, own_dtype, computed, address, _, device = _core.describe(variable, role, index)
+    if device < 0 and length is not None:
+        return _zeros((length,), (1,), dtype or computed)
+    if device < 0 and dtype is not None:
+        return _zeros(shape, strides, host_dtype(dtype))
     if device < 0:
         # At the same place in a cache line, element for element, as a loop aligns both at once.
-        return _zeros(shape, strides, dtype, address * (1 if dtype == own_dtype else 2))
+        return _zeros(shape, strides, computed, address * (1 if computed == own_dtype else 2))
+    dtype = dtype or computed
     for base in type(variable).__mro__:
         library = sys.modules.get(base.__module__.partition(".")[0])
-        if library is not None and hasattr(library, "zeros_like") and hasattr(library, dtype):
+        name = dtype if hasattr(library, dtype) else host_dtype(dtype)
+        if library is not None and hasattr(library, "zeros_like") and hasattr(library, name):
             with variable.device:  # CuPy allocates on the current one otherwise
-                return library.zeros_like(variable, dtype=getattr(library, dtype))
+                if length is not None:
+                    return library.zeros(length, dtype=getattr(library, name))
+                return library.zeros_like(variable, dtype=getattr(library, name))
     raise TypeError(
         f"{role}[{index}] is a {type(variable).__name__} on a GPU, whose library cannot make the "
         "optimizer's state; expected a torch tensor or a CuPy array"
@@ -48,12 +61,36 @@ def _zeros(shape: Sequence[int], strides: Sequence[int], dtype: str, address: in
     return array.transpose(np.argsort(slowest_first))
 
 
+def memory_order(array: Any, role: str, index: int) -> tuple[int, ...]:
+    """Return the axes that are longer than 1 in their order in memory, the slowest first."""
+    shape, strides, *_ = _core.describe(array, role, index)
+    axes = [axis for axis, length in enumerate(shape) if length > 1]
+    return tuple(sorted(axes, key=lambda axis: -strides[axis]))
+
+
+def in_memory_order(array: HostArray, order: Sequence[int]) -> HostArray:
+    """Return an array whose axes that are longer than 1 lie in memory in that order."""
+    axes = [*order, *(axis for axis in range(array.ndim) if axis not in order)]
+    return (
+        np.ascontiguousarray(array.transpose(axes))
+        .reshape(
+            [array.shape[axis] for axis in axes]  # of no axes ascontiguousarray makes one
+        )
+        .transpose(np.argsort(axes))
+    )
+
+
+def host_dtype(dtype: str) -> str:
+    """Return the name of the dtype in which NumPy holds the same bits."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
 def shape_and_dtype(array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return both as NumPy has them."""
     if isinstance(array, np.ndarray):
         return array.shape, array.dtype
     shape, _, dtype, *_ = _core.describe(array, "state", 0)
-    return shape, np.dtype(dtype)
+    return shape, np.dtype(host_dtype(dtype))
 
 
 def as_host(array: Any, name: str) -> HostArray:
@@ -79,14 +116,31 @@ def as_host(array: Any, name: str) -> HostArray:
             f"{name} must be an array that NumPy can read; received {type(array).__name__}: {error}"
         ) from error
     if host.dtype == np.dtype("V2"):
-        patterns = np.array(host, order="C").view(np.uint16)
-        host = np.asarray(patterns.astype(np.uint32) << 16).view(np.float32)
+        host = widened(np.array(host, order="C").view(np.uint16))
     return host
 
 
+def widened(patterns: HostArray) -> HostArray:
+    """Return the bits of bfloat16 as float32."""
+    return np.asarray(patterns.astype(np.uint32) << 16).view(np.float32)
+
+
+def as_stored(array: Array) -> HostArray:
+    """Return state, or a weight, as NumPy's in its memory order; bfloat16 as uint16.
+
+    It is no copy if it need not be.
+    """
+    if isinstance(array, np.ndarray):
+        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    shape, strides, dtype, *_ = _core.describe(array, "state", 0)
+    copy = _zeros(shape, strides, host_dtype(dtype))
+    _core.copy(copy, array)
+    return copy
+
+
 def to_host(array: Array) -> HostArray:
-    """Return a NumPy copy in C order, as checkpoint files need it."""
-    return np.array(as_host(array, "state"), order="C")
+    """Return a NumPy copy of state in C order, as checkpoint files need it."""
+    return np.array(as_stored(array), order="C")
 
 
 def assign(array: Array, values: HostArray) -> None:
@@ -95,7 +149,7 @@ def assign(array: Array, values: HostArray) -> None:
         array[...] = values
         return
     shape, strides, dtype, *_ = _core.describe(array, "state", 0)
-    host = _zeros(shape, strides, dtype)
+    host = _zeros(shape, strides, host_dtype(dtype))
     host[...] = values
     _core.copy(array, host)
 

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from adamax_ext import arrays
+from adamax_ext import _settings, arrays, low_state
 
 FORMAT_VERSION = 2
 _HEADER = "adamax_ext"
@@ -24,6 +24,10 @@ _KEYS = {
     1: _COMMON | {"excluded_from_weight_decay"},
     2: _COMMON | {"gradient_accumulation_steps", "accumulated"},
 }
+# Where they are not the defaults, in version 3: the settings that arrays and bits follow from, and
+# the memory order of variables whose state is in blocks and not in C order.
+LOW_MEMORY = {"state_bits", "weight_rounding", "seed", "memory_order"}
+_KEYS[3] = _KEYS[2] | LOW_MEMORY
 # What syncing a folder gives where there is no such thing; PostgreSQL ignores the same.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 _NO_FOLDER_SYNC |= {errno.EACCES, errno.EISDIR}  # on opening it
@@ -143,12 +147,73 @@ def require_format(state_dict: dict[str, Any]) -> None:
         raise TypeError(f"state_dict must be a dict; received {type(state_dict).__name__}")
     version = state_dict.get("format_version")
     if type(version) is not int or version not in _KEYS:
-        raise ValueError(f"format_version must be 1 or 2; received {version!r}")
+        raise ValueError(f"format_version must be 1, 2 or 3; received {version!r}")
     if set(state_dict) != _KEYS[version]:
         raise ValueError(
             f"state_dict must have the keys {sorted(_KEYS[version])}; "
             f"received {sorted(map(str, state_dict))}"
         )
+
+
+def low_memory(
+    state_bits: int, weight_rounding: str, seed: int, memory_order: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Return the version, and the entries of `LOW_MEMORY` where they are not the defaults."""
+    if (state_bits, weight_rounding, seed) == (32, "nearest", 0):
+        return {"format_version": FORMAT_VERSION}
+    return {
+        "format_version": 3,
+        "state_bits": state_bits,
+        "weight_rounding": weight_rounding,
+        "seed": seed,
+        "memory_order": memory_order,
+    }
+
+
+def absent_kinds(
+    state_dict: dict[str, Any], state_bits: int, weight_rounding: str
+) -> frozenset[str]:
+    """Return the kinds of arrays that are zeros where an optimizer with these settings loads.
+
+    ValueError if its state is in another number of bits, or would lose remainders.
+    """
+    saved = state_dict.get("state_bits", 32)
+    if saved != state_bits:
+        raise ValueError(
+            f"state_bits of the state_dict is {saved!r}, of the optimizer {state_bits}; expected "
+            f"the same: adamax_ext.convert_state(state_dict, state_bits={state_bits}) returns it so"
+        )
+    rounding = _settings.one_of(
+        "weight_rounding of the state_dict",
+        state_dict.get("weight_rounding", "nearest"),
+        low_state.ROUNDINGS,
+    )
+    if rounding == "remainder" != weight_rounding:
+        raise ValueError(
+            "weight_rounding of the state_dict is 'remainder', of the optimizer "
+            f"{weight_rounding!r}, which would lose what weights do not hold; expected the same"
+        )
+    return frozenset({"remainder"} if rounding != "remainder" else ())
+
+
+def memory_orders(
+    state_dict: dict[str, Any], expected: dict[str, tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """Return the memory order of each variable when the state was saved; ValueError if it is none.
+
+    Only where state is in blocks it matters.
+    """
+    saved = state_dict.get("memory_order", {})
+    if not isinstance(saved, dict) or not saved.keys() <= expected.keys():
+        raise ValueError(f"memory_order must be a dict for built variables; received {saved!r}")
+    for name, axes in saved.items():
+        is_list = isinstance(axes, list) and all(type(axis) is int for axis in axes)
+        if not is_list or sorted(axes) != sorted(expected[name]):
+            raise ValueError(
+                f"memory_order of '{name}' must be a list of its axes {sorted(expected[name])}; "
+                f"received {axes!r}"
+            )
+    return [tuple(saved.get(name, sorted(axes))) for name, axes in expected.items()]
 
 
 def pending_names(
@@ -176,10 +241,22 @@ def pending_names(
     return pending  # type: ignore[no-any-return]
 
 
-def fitting(state: Any, expected: State) -> State:
-    """Return `state` with arrays of NumPy; ValueError unless all is like that of `expected`."""
+def host_state(state: Any) -> State:
+    """Return `state` with arrays of NumPy; ValueError unless it is made of dicts of arrays."""
     if not isinstance(state, dict) or not all(isinstance(x, dict) for x in state.values()):
         raise ValueError(f"state must be a dict of dicts of arrays; received {state!r}")
+    return {
+        name: {kind: arrays.as_host(array, f"{kind} of '{name}'") for kind, array in kinds.items()}
+        for name, kinds in state.items()
+    }
+
+
+def fitting(state: Any, expected: State, absent: frozenset[str]) -> State:
+    """Return `state` with arrays of NumPy; ValueError unless all is like that of `expected`.
+
+    Arrays of `absent` kinds are zeros.
+    """
+    state = host_state(state)
     if set(state) != set(expected):
         missing, unknown = sorted(set(expected) - set(state)), list(set(state) - set(expected))
         raise ValueError(
@@ -187,15 +264,15 @@ def fitting(state: Any, expected: State) -> State:
         )
     result: State = {}
     for name, kinds in expected.items():
-        if set(state[name]) != set(kinds):
+        if set(state[name]) != set(kinds) - absent:
             raise ValueError(
-                f"state of '{name}' must have {sorted(kinds)}; "
+                f"state of '{name}' must have {sorted(set(kinds) - absent)}; "
                 f"received {sorted(map(str, state[name]))}"
             )
         result[name] = {}
         for kind, array in kinds.items():
-            received = arrays.as_host(state[name][kind], f"{kind} of '{name}'")
             wanted = arrays.shape_and_dtype(array)
+            received = np.zeros(*wanted) if kind in absent else state[name][kind]
             if (received.shape, received.dtype) != wanted:
                 raise ValueError(
                     f"{kind} of '{name}' must have shape {wanted[0]} and dtype {wanted[1]}; "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adamax_ext import _settings, rates
+from adamax_ext import _settings, low_state, rates
 from adamax_ext.locking import exclusive
 from adamax_ext.native import Native
 from adamax_ext.progress import Progress
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 _beta = partial(_settings.real, wanted="in [0, 1)", valid=lambda x: 0 <= x < 1)
 _positive_or_none = _settings.optional(_settings.positive)
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-_FIXED = ("use_ema", "gradient_accumulation_steps")  # once there are arrays for them
+# Once there are arrays for them, and steps done with them.
+_FIXED = ("use_ema", "gradient_accumulation_steps", "state_bits", "weight_rounding", "seed")
+# Not in a config with these values: Keras has no such settings.
+_NOT_OF_KERAS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
 # What Keras 2 wrote into a config beside the settings, and the values that change nothing.
 _LEFTOVERS = {
     "decay": (None, 0.0),
@@ -44,6 +47,9 @@ class Configured(Saveable):
         "beta_2": _beta,
         "epsilon": _settings.positive,
         "name": _settings.string,
+        "state_bits": partial(_settings.one_of, choices=low_state.BITS),
+        "weight_rounding": partial(_settings.one_of, choices=low_state.ROUNDINGS),
+        "seed": partial(_settings.integer, least=0, most=2**64 - 1),
     }
 
     def __init__(
@@ -62,6 +68,9 @@ class Configured(Saveable):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str = "adamax",
+        state_bits: int = 32,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         self.progress = Progress(rates.checked(learning_rate))
         self.beta_1 = beta_1
@@ -77,6 +86,9 @@ class Configured(Saveable):
         self.loss_scale_factor = loss_scale_factor
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.name = name
+        self.state_bits = state_bits
+        self.weight_rounding = weight_rounding
+        self.seed = seed
 
     def _before_setting(self, name: str, value: Any) -> None:
         if name in _FIXED and self.built:
@@ -92,6 +104,11 @@ class Configured(Saveable):
                     "at most one of clipnorm, clipvalue and global_clipnorm can be set; "
                     f"received {received}"
                 )
+        if known.get("state_bits") == 8 and known["beta_1"] >= known["beta_2"]:
+            raise ValueError(
+                "beta_1 must be below beta_2 with state_bits 8, where first moments are kept "
+                f"relative to norms; received beta_1={known['beta_1']}, beta_2={known['beta_2']}"
+            )
         if name == "gradient_accumulation_steps" and name in vars(self):
             self.progress.calls = self.iterations * (value or 1)
         self._native = None
@@ -135,15 +152,29 @@ class Configured(Saveable):
     def learning_rate(self, value: rates.Rate) -> None:
         self.progress.learning_rate = rates.replacement(self.progress.learning_rate, value)
 
+    @property
+    def seed(self) -> int:
+        """Of the random numbers of rounding; that of a checkpoint, once one is loaded."""
+        return self.progress.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self.progress.seed = value
+
     # ---- Configuration ---------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments as JSON values, in Keras' format."""
-        return {
-            "name": self.name,
-            "learning_rate": rates.to_config(self.progress.learning_rate),
-            **{key: getattr(self, key) for key in self.checks},
-        }
+        """Return the constructor's arguments as JSON values, in Keras' format.
+
+        `state_bits`, `weight_rounding` and `seed`, which Keras does not know, are there only if
+        they are not the defaults.
+        """
+        settings = {key: getattr(self, key) for key in self.checks}
+        for key, default in _NOT_OF_KERAS.items():
+            if settings[key] == default:
+                del settings[key]
+        rate = rates.to_config(self.progress.learning_rate)
+        return {"name": self.name, "learning_rate": rate, **settings}
 
     @classmethod
     def from_config(

@@ -128,7 +128,7 @@ def update(
         grad_scale=scale,
         weight_rounding=weight_rounding,
         variable=_settings.integer("variable", variable, least=0, most=2**32 - 1),
-        first_element=_settings.integer("first_element", first_element, least=0, most=2**63 - 1),
+        first_element=_settings.integer("first_element", first_element, 0, multiple_of=256),
     )
 
 

@@ -9,8 +9,8 @@ from adamax_ext import _core
 if TYPE_CHECKING:
     from adamax_ext.configuration import Configured
 
-# Rate, loss scale, whether the call updates, overwrites, and requires finite gradients.
-OfCall: TypeAlias = tuple[float, float, bool, bool, bool]
+# Rate, loss scale, whether the call updates, overwrites, and requires finite gradients, and seed.
+OfCall: TypeAlias = tuple[float, float, bool, bool, bool, int]
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Native:
         rate: Callable[[], float],
         loss_scale: float,
         require_finite: bool = False,
+        seed: int = 0,
     ) -> None:
         """Set all for the call that follows `calls` others; `rate` is asked if it is an update."""
         updates_done, position = divmod(calls, self.micro_batches)
@@ -61,7 +62,7 @@ class Native:
         is_update = position == self.micro_batches - 1
         every = self.overwrite_every
         overwrites = is_update and every is not None and step % every == 0
-        now = rate() if is_update else 0.0, loss_scale, is_update, overwrites, require_finite
+        now = rate() if is_update else 0.0, loss_scale, is_update, overwrites, require_finite, seed
         if self.now != now:
             self._set(now)
         for group in self.groups:
@@ -70,9 +71,9 @@ class Native:
     def _set(self, now: OfCall) -> None:
         """Set what belongs to a call, but seldom changes from one to the next."""
         self.now = None  # until all of it is set
-        rate, loss_scale, is_update, overwrites, require_finite = now
+        rate, loss_scale, is_update, overwrites, require_finite, seed = now
         for group in self.groups:
-            group.learning_rate = rate
+            group.learning_rate, group.seed = rate, seed
         with _core.IeeeMode():  # whatever the caller's floating-point mode is
             self.call.grad_scale = 1.0 / loss_scale
         self.call.accumulate_only = not is_update

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from adamax_ext import _settings, rates
-from adamax_ext.arrays import Array
+import numpy as np
+
+from adamax_ext import _settings, arrays, rates
+from adamax_ext.arrays import Array, HostArray
 from adamax_ext.configuration import Configured
 from adamax_ext.locking import exclusive
 from adamax_ext.native import Native
@@ -42,6 +44,17 @@ class Adamax(Configured):
         overwriting count updates, where Keras counts every call.
     name : str
         Name of the optimizer.
+    state_bits : {32, 16, 8}
+        Bits of an element of first moment and infinity norm: float32, or smaller, for float32,
+        float16 and bfloat16 weights. With 8, variables with fewer than 4096 elements keep float32,
+        and `beta_1` must be below `beta_2`; for `beta_1` above 0.95 rather take 16.
+    weight_rounding : {"nearest", "stochastic", "remainder"}
+        How bfloat16 weights are stored: to nearest, where steps that are small beside a weight are
+        lost; at random, which is right on average; or exactly, with the other 16 bits of each
+        weight in an array beside it. Of no effect on float32 and float64 weights.
+    seed : int from 0 to 2**64 - 1
+        What random roundings follow from, beside the number of the update, the position of the
+        variable and the element: the same on every machine. Loading takes that of the checkpoint.
 
     Raises
     ------
@@ -52,7 +65,9 @@ class Adamax(Configured):
     -----
     Kingma & Ba 2014, "Adam: a method for stochastic optimization", section 7.1. The first moment,
     infinity norm, averages and accumulators are float64 for float64 weights and float32 for all
-    others; NumPy arrays, or on a GPU arrays of the variable's own library there.
+    others; NumPy arrays, or on a GPU arrays of the variable's own library there. An average is that
+    of the weights as they are stored, with their remainders. What fewer `state_bits` hold are codes
+    with scales: see `decoded_state`.
 
     Examples
     --------
@@ -114,10 +129,10 @@ class Adamax(Configured):
                 f"names must be one unique string for each of the {len(variables)} variables; "
                 f"received {list(names)}"
             )
-        kinds = ["momentum", "norm"]
-        kinds += ["average"] * self.use_ema
+        kinds = ["average"] * self.use_ema
         kinds += ["gradient_accumulator"] * (self.gradient_accumulation_steps is not None)
-        state = State(variables, names, self._exclusion.groups(variables, names), kinds)
+        groups = self._exclusion.groups(variables, names)
+        state = State(variables, names, groups, kinds, self.state_bits, self.weight_rounding)
         state.plan.calls = self.calls
         if self.calls > 0:
             state.start_averages()
@@ -152,16 +167,52 @@ class Adamax(Configured):
         Iteration (int64), learning rate (float32, if it is a number), averages, accumulators, then
         momentum and norm of each variable. The first two are copies, the others live arrays, until
         something is loaded.
+
+        State in fewer bits is given, and taken by `set_weights`, as float32: copies. After all
+        others come the float32 weights of each variable that keeps a remainder, which Keras does
+        not know; to set them sets the remainder of those weights that still are their bfloat16.
         """
-        return self.progress.variables()
+        return self.progress.variables(self.epsilon)
 
     @property
     def state(self) -> dict[str, dict[str, Array]]:
         """Live arrays by name and kind: momentum, norm, average, gradient_accumulator if kept.
 
-        Loading makes new ones; read this again after it.
+        State in fewer bits is shown as it is stored, with a norm_scale; remainder is what bfloat16
+        weights do not hold. Loading makes new arrays; read this again after it.
         """
         return self.progress.state.by_name() if self.progress.state else {}
+
+    @exclusive
+    def decoded_state(self, name: str) -> dict[str, HostArray]:
+        """Return copies of momentum and norm of a variable, in NumPy and as numbers.
+
+        Parameters
+        ----------
+        name : str
+            Of the variable.
+
+        Returns
+        -------
+        dict
+            "momentum" and "norm" in the shape of the variable: float64 for float64 weights, float32
+            for all others, whatever `state_bits` is.
+
+        Raises
+        ------
+        ValueError
+            There is no such variable, or the optimizer is not built.
+        """
+        self._require_built()
+        state = self.progress.state
+        assert state is not None
+        if name not in state.names:
+            raise ValueError(f"name must be one of {state.names}; received {name!r}")
+        decoded = state.decoded(state.names.index(name), self.epsilon)
+        return {
+            kind: np.array(arrays.as_stored(array), order="C")
+            for kind, array in zip(("momentum", "norm"), decoded, strict=True)
+        }
 
     # ---- Steps -----------------------------------------------------------------------------------
 
@@ -230,7 +281,11 @@ class Adamax(Configured):
             if native is None:
                 native = self._native = Native(self, 1 + max(state.groups, default=0))
             native.prepare(
-                calls, lambda: rates.at(progress.learning_rate, calls), loss_scale, require_finite
+                calls,
+                lambda: rates.at(progress.learning_rate, calls),
+                loss_scale,
+                require_finite,
+                progress.seed,
             )
             return state.plan.step(grads, variables, native.groups, native.call)
         except BaseException:
@@ -271,7 +326,8 @@ class Adamax(Configured):
         return self.progress.from_state_dict(state_dict, self.gradient_accumulation_steps)
 
     def prepare_variables(self, weights: Iterable[Any]) -> Progress:
-        return self.progress.from_variables(weights, self.gradient_accumulation_steps)
+        steps = self.gradient_accumulation_steps
+        return self.progress.from_variables(weights, steps, self.epsilon)
 
     def adopt(self, progress: Progress) -> None:
         self.progress = progress

@@ -20,6 +20,7 @@ class Progress:
     learning_rate: rates.Rate
     state: State | None = None
     calls_unbuilt: int = 0
+    seed: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
 
@@ -35,27 +36,30 @@ class Progress:
         else:
             self.state.plan.calls = calls
 
-    def variables(self) -> list[arrays.Array]:
+    def variables(self, epsilon: float) -> list[arrays.Array]:
         """Return the number of calls, the rate if it is a number, and the arrays: Keras' order."""
         scalars: list[arrays.Array] = [np.array(self.calls, np.int64)]
         if isinstance(self.learning_rate, float):
             with np.errstate(over="ignore"):
                 scalars.append(np.array(self.learning_rate, np.float32))
-        return scalars + (self.state.in_keras_order() if self.state else [])
+        return scalars + (self.state.in_keras_order(epsilon) if self.state else [])
 
     def state_dict(self, steps: int | None) -> dict[str, Any]:
         """Return a copy of what an optimizer that accumulates so many `steps` saves."""
         assert self.state is not None
-        rate = self.learning_rate
+        state, rate = self.state, self.learning_rate
+        low_memory = checkpoint.low_memory(
+            state.state_bits, state.weight_rounding, self.seed, state.orders_of_blocks()
+        )
         return {
-            "format_version": checkpoint.FORMAT_VERSION,
+            **low_memory,
             "calls": self.calls,
             "learning_rate": rate if isinstance(rate, float) else None,
             "gradient_accumulation_steps": steps,
-            "accumulated": self.state.accumulated(),
+            "accumulated": state.accumulated(),
             "state": {
                 name: {kind: arrays.to_host(array) for kind, array in kinds.items()}
-                for name, kinds in self.state.by_name().items()
+                for name, kinds in state.by_name().items()
             },
         }
 
@@ -73,17 +77,24 @@ class Progress:
             )
         if saved_rate is not None:
             rate = _settings.not_negative("learning_rate", saved_rate)
+        seed = _settings.integer("seed", state_dict.get("seed", self.seed), 0, 2**64 - 1)
+        absent = checkpoint.absent_kinds(state_dict, state.state_bits, state.weight_rounding)
         pending = checkpoint.pending_names(state_dict, calls, steps, state.names)
-        loaded = checkpoint.fitting(state_dict["state"], state.by_name())
-        values = [loaded[state.names[i]][kind] for kind, i in state.places()]
-        state = state.loaded(values, calls, pending, in_window=calls % (steps or 1) != 0)
-        return replace(self, learning_rate=rate, state=state)
+        loaded = checkpoint.fitting(state_dict["state"], state.by_name(), absent)
+        values = {(kind, i): loaded[state.names[i]][kind] for kind, i in state.places()}
+        orders = checkpoint.memory_orders(
+            state_dict, dict(zip(state.names, state.orders, strict=True))
+        )
+        state = state.loaded(values, calls, pending, calls % (steps or 1) != 0, orders)
+        return replace(self, learning_rate=rate, state=state, seed=seed)
 
-    def from_variables(self, weights: Iterable[Any], steps: int | None) -> "Progress":
+    def from_variables(
+        self, weights: Iterable[Any], steps: int | None, epsilon: float
+    ) -> "Progress":
         """Return what arrays in the order of `variables` hold; ValueError if they do not fit."""
         state, rate = self.state, self.learning_rate
         assert state is not None
-        iteration, *values = checkpoint.converted(weights, self.variables())
+        iteration, *values = checkpoint.converted(weights, self.variables(epsilon))
         calls = _settings.integer("weights[0] (the iteration)", iteration.item(), least=0)
         if isinstance(rate, float):
             received = values.pop(0).item()
@@ -91,5 +102,6 @@ class Progress:
                 is_ours = np.float32(rate) == received  # rounded to float32
             if not is_ours:
                 rate = _settings.not_negative("weights[1] (the rate)", received)
-        state = state.loaded(values, calls, in_window=calls % (steps or 1) != 0)
+        stored = state.from_keras_order(values, epsilon)
+        state = state.loaded(stored, calls, in_window=calls % (steps or 1) != 0)
         return replace(self, learning_rate=rate, state=state)

@@ -62,13 +62,15 @@ class Saveable(Checked, ABC):
         """Continue from `state_dict()` of an optimizer with the same settings and variables.
 
         What the settings of this optimizer are stays as it is, exclusion from weight decay
-        included.
+        included, but for the rate, if it is a number, and the seed: bits follow from it.
+        `weight_rounding` may be another one, if the other was not "remainder".
 
         Raises
         ------
         ValueError
             The optimizer is not built; version, names, arrays, shapes, dtypes or the number of
-            accumulation steps differ; a norm is below zero. Nothing has changed then.
+            accumulation steps differ; `state_bits` differ (see `convert_state`), or remainders of
+            weights would be lost; a norm is below zero. Nothing has changed then.
 
         Notes
         -----

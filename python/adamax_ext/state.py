@@ -1,18 +1,22 @@
 """The arrays that an optimizer keeps for its variables, and the plan of the steps on them."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from adamax_ext import _core, arrays
+from adamax_ext import _core, arrays, low_state
+
+# Kind of an array, and index of its variable.
+Place: TypeAlias = tuple[str, int]
+_KERAS_LISTS = ("average", "gradient_accumulator")
 
 
 class State:
-    """One array a variable of each kind that is kept, and the plan of the steps on all of them.
+    """The arrays of each variable by kind, and the plan of the steps on all of them.
 
-    `groups` tells the group of settings of each variable; `kinds` are "momentum" and "norm", and
-    perhaps "average" and "gradient_accumulator".
+    `groups` tells the group of settings of each variable; `kinds` are "average" and
+    "gradient_accumulator", as far as they are kept.
     """
 
     def __init__(
@@ -21,71 +25,164 @@ class State:
         names: Sequence[str],
         groups: Sequence[int],
         kinds: Iterable[str],
+        state_bits: int = 32,
+        weight_rounding: str = "nearest",
     ) -> None:
         self.variables, self.names, self.groups = tuple(variables), list(names), list(groups)
-        self.kept: dict[str, list[arrays.Array]] = {
-            kind: [arrays.zeros_for(v, "variables", i) for i, v in enumerate(self.variables)]
-            for kind in kinds
-        }
+        self.kinds, self.state_bits, self.weight_rounding = list(kinds), state_bits, weight_rounding
+        self.orders = [arrays.memory_order(v, "variables", i) for i, v in enumerate(self.variables)]
+        self.kept: list[low_state.Kinds] = [  # of each variable
+            low_state.fresh(v, name, i, state_bits, weight_rounding)
+            | {kind: arrays.zeros_for(v, "variables", i) for kind in self.kinds}
+            for i, (v, name) in enumerate(zip(self.variables, self.names, strict=True))
+        ]
         self.plan = _core.Plan(
             self.variables,
             self.names,
             self.groups,
-            momentum=self.kept["momentum"],
-            norm=self.kept["norm"],
-            averages=self.kept.get("average"),
-            accumulators=self.kept.get("gradient_accumulator"),
+            momentum=self._all_of("momentum"),
+            norm=self._all_of("norm"),
+            averages=self._all_of("average"),
+            accumulators=self._all_of("gradient_accumulator"),
+            norm_scales=self._all_of("norm_scale"),
+            remainders=self._all_of("remainder"),
+            weight_rounding=weight_rounding,
         )
 
-    def places(self) -> list[tuple[str, int]]:
-        """Return kind and index of every array in Keras' order.
+    def _all_of(self, kind: str) -> list[arrays.Array | None]:
+        return [kept.get(kind) for kept in self.kept]
 
-        Averages, accumulators, then momentum and norm of each variable.
-        """
-        kinds, indices = ("average", "gradient_accumulator"), range(len(self.names))
-        of_all = [(kind, i) for kind in kinds if kind in self.kept for i in indices]
-        return of_all + [(kind, i) for i in indices for kind in ("momentum", "norm")]
+    def by_name(self) -> dict[str, low_state.Kinds]:
+        """Return the arrays of each variable by kind, as they are stored."""
+        return {name: dict(kept) for name, kept in zip(self.names, self.kept, strict=True)}
 
-    def in_keras_order(self) -> list[arrays.Array]:
-        return [self.kept[kind][i] for kind, i in self.places()]
-
-    def by_name(self) -> dict[str, dict[str, arrays.Array]]:
-        """Return the arrays of each variable by kind."""
+    def orders_of_blocks(self) -> dict[str, list[int]]:
+        """Return the memory orders, by name, that state in blocks depends on; not C order."""
         return {
-            name: {kind: kept[i] for kind, kept in self.kept.items()}
-            for i, name in enumerate(self.names)
+            name: list(order)
+            for name, order, kept in zip(self.names, self.orders, self.kept, strict=True)
+            if list(order) != sorted(order) and "norm_scale" in kept and self.state_bits == 8
         }
-
-    def start_averages(self) -> None:
-        """Let the averages begin with the weights, where no first update will do it."""
-        for average, variable in zip(self.kept.get("average", ()), self.variables, strict=False):
-            arrays.assign(average, arrays.as_host(variable, "variables"))
 
     def accumulated(self) -> list[str]:
         """Return the names of the variables that have gradients of the present window."""
         return [n for n, has in zip(self.names, self.plan.accumulated, strict=True) if has]
 
+    # ---- As numbers ------------------------------------------------------------------------------
+
+    def decoded(self, i: int, epsilon: float) -> tuple[arrays.Array, arrays.Array]:
+        """Return momentum and norm of a variable: live, or copies if they are in fewer bits."""
+        kept = self.kept[i]
+        if "norm_scale" in kept:
+            kept = low_state.decoded(
+                {kind: arrays.as_stored(kept[kind]) for kind in ("momentum", "norm", "norm_scale")},
+                epsilon,
+            )
+        return kept["momentum"], kept["norm"]
+
+    def weights(self, i: int) -> arrays.HostArray:
+        """Return the weights of a variable, with their remainders as float32."""
+        if "remainder" not in self.kept[i]:
+            return arrays.as_host(self.variables[i], "variables")
+        remainders = arrays.as_stored(self.kept[i]["remainder"])
+        joined = np.empty_like(remainders, np.float32)
+        _core.join_weights(arrays.as_stored(self.variables[i]), remainders, joined)
+        return joined
+
+    def _remainders(self, i: int, weights: arrays.HostArray) -> arrays.HostArray:
+        """Return what is left of float32 weights; 0 where a variable has others now."""
+        now = arrays.as_stored(self.variables[i])
+        halves, remainders = np.empty_like(now), np.empty_like(now, np.int16)
+        _core.split_weights(arrays.in_memory_order(weights, self.orders[i]), halves, remainders)
+        return np.where(halves == now, remainders, np.int16(0))
+
+    def start_averages(self) -> None:
+        """Let the averages begin with the weights, where no first update will do it."""
+        for i, kept in enumerate(self.kept):
+            if "average" in kept:
+                arrays.assign(kept["average"], self.weights(i))
+
+    # ---- Keras' order ----------------------------------------------------------------------------
+
+    def in_keras_order(self, epsilon: float) -> list[arrays.Array]:
+        """Return averages, accumulators, then momentum and norm of each variable as numbers.
+
+        At last the float32 weights of variables with remainders.
+        """
+        result = [kept[kind] for kind in _KERAS_LISTS if kind in self.kinds for kept in self.kept]
+        for i in range(len(self.kept)):
+            result += self.decoded(i, epsilon)
+        return result + [self.weights(i) for i in self._with_remainders()]
+
+    def from_keras_order(
+        self, values: Iterable[arrays.HostArray], epsilon: float
+    ) -> dict[Place, arrays.HostArray]:
+        """Return what is stored of such values; ValueError for a norm below zero."""
+        given: Iterator[arrays.HostArray] = iter(values)
+        indices = range(len(self.kept))
+        result = {
+            (kind, i): next(given) for kind in _KERAS_LISTS if kind in self.kinds for i in indices
+        }
+        for i in indices:
+            state: low_state.HostKinds = {"momentum": next(given), "norm": next(given)}
+            self._require_not_negative("norm", i, state["norm"])
+            if "norm_scale" in self.kept[i]:
+                ordered = low_state.in_memory_order(state, self.orders[i])
+                state = low_state.encoded(ordered, self.state_bits, epsilon)
+            result |= {(kind, i): value for kind, value in state.items()}
+        for i in self._with_remainders():
+            result["remainder", i] = self._remainders(i, next(given))
+        return result
+
+    def _with_remainders(self) -> list[int]:
+        return [i for i, kept in enumerate(self.kept) if "remainder" in kept]
+
+    def _require_not_negative(self, kind: str, i: int, value: arrays.HostArray) -> None:
+        if (value < 0).any():
+            raise ValueError(
+                f"{kind} of '{self.names[i]}' must not be below zero; received {np.nanmin(value)}"
+            )
+
+    # ---- Other values ----------------------------------------------------------------------------
+
+    def places(self) -> list[Place]:
+        return [(kind, i) for i, kept in enumerate(self.kept) for kind in kept]
+
     def loaded(
         self,
-        values: Iterable[arrays.HostArray],
+        values: Mapping[Place, arrays.HostArray],
         calls: int,
         accumulated: Iterable[str] | None = None,
         in_window: bool = True,
+        orders: Sequence[tuple[int, ...]] | None = None,
     ) -> "State":
-        """Return a state like this one with other values, in Keras' order, in arrays of its own.
+        """Return a state like this one with other values, in arrays of its own.
 
         Without `accumulated`, an accumulator has gradients if any of its elements is not 0, which
-        is a ValueError unless `in_window`: a window of micro-batches has begun.
+        is a ValueError unless `in_window`: a window of micro-batches has begun. `orders` are the
+        memory orders of the variables whose state in blocks these values were, if not those here.
         """
-        state = State(self.variables, self.names, self.groups, self.kept)
+        state = State(
+            self.variables,
+            self.names,
+            self.groups,
+            self.kinds,
+            self.state_bits,
+            self.weight_rounding,
+        )
         listed = frozenset(accumulated or ())
         pending = [name in listed for name in self.names]
-        for (kind, i), value in zip(self.places(), values, strict=True):
-            if kind == "norm" and (value < 0).any():
-                raise ValueError(
-                    f"norm of '{self.names[i]}' must not be below zero; received {np.nanmin(value)}"
-                )
-            if kind == "gradient_accumulator" and value.any():
+        for i, kept in enumerate(state.kept):
+            new = {kind: values[kind, i] for kind in kept}
+            norm = new["norm"]
+            self._require_not_negative(
+                "norm", i, arrays.widened(norm) if norm.dtype == np.uint16 else norm
+            )
+            if "norm_scale" in new:
+                self._require_not_negative("norm_scale", i, new["norm_scale"])
+            if orders is not None and norm.dtype == np.uint8 and orders[i] != state.orders[i]:
+                new |= low_state.reordered(new, orders[i], state.orders[i])
+            if "gradient_accumulator" in new and new["gradient_accumulator"].any():
                 if not in_window or (accumulated is not None and not pending[i]):
                     raise ValueError(
                         f"gradient_accumulator of '{self.names[i]}' must be zero: after {calls} "
@@ -93,7 +190,8 @@ class State:
                         "perhaps of another gradient_accumulation_steps"
                     )
                 pending[i] = True
-            arrays.assign(state.kept[kind][i], value)
+            for kind, value in new.items():
+                arrays.assign(kept[kind], value)
         state.plan.calls, state.plan.accumulated = calls, pending
         return state
 
@@ -104,5 +202,5 @@ class State:
         # Into new arrays in the memory order of the variables, which unpickled ones can lose.
         self.__dict__.update(saved)
         calls, accumulated = saved["plan"]
-        values = [arrays.as_host(array, "state") for array in self.in_keras_order()]
-        self.__dict__ = self.loaded(values, calls, accumulated).__dict__
+        values = {(kind, i): arrays.as_stored(self.kept[i][kind]) for kind, i in self.places()}
+        self.__dict__ = self.loaded(values, calls, accumulated, orders=self.orders).__dict__

@@ -40,6 +40,11 @@ class Case:
     new_rate: float | None = None  # set after three steps
     loss_scale: dict | None = None
 
+    @property
+    def is_low_memory(self):
+        """Whether state, or weights, are kept in what Keras' layout has no room for."""
+        return bool({"state_bits", "weight_rounding"} & self.settings.keys())
+
 
 CASES = {
     "defaults": Case(),
@@ -71,6 +76,12 @@ CASES = {
         {"use_ema": True, "gradient_accumulation_steps": 4, "clipnorm": 2.0}, SHAPES
     ),
     "bfloat16": Case({"use_ema": True, "learning_rate": 0.1}, {"w": ((2, 9), "bfloat16", "F")}),
+    "state_bits": Case({"state_bits": 16, "seed": 7, "weight_rounding": "stochastic"}),
+    "8 bits": Case({"state_bits": 8, "use_ema": True}, {"w": ((70, 3, 20), "float32", "F"), **TWO}),
+    "remainder": Case(
+        {"weight_rounding": "remainder", "state_bits": 8, "use_ema": True, "seed": 2**64 - 1},
+        {"w": ((70, 60), "bfloat16", "F"), "b": ((2, 9), "bfloat16", "C")},
+    ),
     "no variables": Case(weights={}),
     "loss scale": Case(loss_scale={"initial_scale": 64.0, "dynamic_growth_steps": 3}),
     "everything": Case(
@@ -92,7 +103,7 @@ CASES = {
 
 
 if not is_testable("bfloat16"):
-    del CASES["bfloat16"]
+    del CASES["bfloat16"], CASES["remainder"]
 
 
 def array(shape, dtype, order, seed):

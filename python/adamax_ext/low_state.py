@@ -1,0 +1,97 @@
+"""State in 16 or 8 bits: which arrays hold it, and what they stand for in float32."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from adamax_ext import _core, arrays
+
+BITS = (32, 16, 8)
+ROUNDINGS = ("nearest", "stochastic", "remainder")
+BLOCK = 256  # elements that share a scale in 8 bits
+_SMALLEST = 4096  # fewer elements keep float32 state where others have 8 bits
+_STATE = ("momentum", "norm")
+_DTYPES = {16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}
+
+# Arrays of one variable by kind.
+Kinds: TypeAlias = dict[str, arrays.Array]
+HostKinds: TypeAlias = dict[str, arrays.HostArray]
+
+
+def bits_of(state_bits: int, size: int) -> int:
+    """Return the bits in which a variable of so many elements keeps its state."""
+    return 32 if state_bits == 8 and size < _SMALLEST else state_bits
+
+
+def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding: str) -> Kinds:
+    """Return state of a variable before the first step: momentum, norm, and what belongs to them.
+
+    TypeError if such a variable has no state in so few bits.
+    """
+    shape, _, of_weights, *_ = _core.describe(variable, "variables", index)
+    if state_bits < 32 and of_weights == "float64":
+        raise TypeError(
+            f"variables[{index}] (variable '{name}') has dtype float64, whose state is float64; "
+            f"expected float32, float16 or bfloat16 with state_bits {state_bits}"
+        )
+    size = math.prod(shape)
+    bits = bits_of(state_bits, size)
+    dtypes = _DTYPES.get(bits, (None, None))
+
+    def zeros(dtype: str | None, length: int | None = None) -> arrays.Array:
+        return arrays.zeros_for(variable, "variables", index, dtype, length)
+
+    kept = {kind: zeros(dtype) for kind, dtype in zip(_STATE, dtypes, strict=True)}
+    if bits < 32:
+        kept["norm_scale"] = zeros("float32", _scales(bits, size))
+    if bits == 16:
+        arrays.assign(kept["norm_scale"], np.ones(1, np.float32))
+    if weight_rounding == "remainder" and of_weights == "bfloat16":
+        kept["remainder"] = zeros("int16")
+    return kept
+
+
+def _scales(bits: int, size: int) -> int:
+    return 1 if bits == 16 else -(-size // BLOCK)
+
+
+def decoded(kept: HostKinds, epsilon: float) -> HostKinds:
+    """Return momentum and norm in float32; all arrays are in the memory order of their variable."""
+    state = {kind: np.empty_like(kept[kind], np.float32) for kind in _STATE}
+    _core.decode_state(
+        kept["momentum"],
+        kept["norm"],
+        kept["norm_scale"],
+        epsilon,
+        to_momentum=state["momentum"],
+        to_norm=state["norm"],
+    )
+    return state
+
+
+def encoded(state: HostKinds, bits: int, epsilon: float) -> HostKinds:
+    """Return float32 state in 16 or 8 bits, to nearest; as `decoded` about memory order."""
+    kept = {
+        kind: np.empty_like(state[kind], arrays.host_dtype(dtype))
+        for kind, dtype in zip(_STATE, _DTYPES[bits], strict=True)
+    }
+    kept["norm_scale"] = np.empty(_scales(bits, state["norm"].size), np.float32)
+    _core.encode_state(state["momentum"], state["norm"], epsilon, **kept)
+    return kept
+
+
+def in_memory_order(kept: HostKinds, order: Sequence[int]) -> HostKinds:
+    """Return it with momentum and norm as they lie in memory where that is their order of axes."""
+    return kept | {kind: arrays.in_memory_order(kept[kind], order) for kind in _STATE}
+
+
+def reordered(kept: HostKinds, before: Sequence[int], after: Sequence[int]) -> HostKinds:
+    """Return state in 8 bits with the blocks of another memory order.
+
+    Norms are rounded once more; what stands for the first moment is relative to them, and stays.
+    """
+    state = decoded(in_memory_order(kept, before), epsilon=1.0)
+    again = encoded(in_memory_order(state, after), 8, epsilon=1.0)
+    return {**again, "momentum": kept["momentum"]}
