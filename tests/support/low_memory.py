@@ -186,6 +186,8 @@ class LowMemoryReference(ReferenceAdamax):
         w = self.variables[i]
         if w.dtype == np.float64:
             return super()._step(i, h, step=step, **settings)
+        if w.size == 0:  # whose scale is nobody's
+            return None
         draw = self.seed, step, i, 0, w.size
         random = program.random_bits(program.MOMENTUM, *draw)
         self.states[i].step(w, h, random, step=step, **settings)
