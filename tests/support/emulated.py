@@ -23,7 +23,9 @@ from support.memory import AXES_AND_DTYPE, DATA, DEVICE, Patched
 
 SOURCES = ["tests/cpp/emulated_*.cpp", "csrc/cuda/*.cpp", "csrc/core/*.cpp"]
 SOURCES += ["csrc/xla/call.cpp", "csrc/xla/cuda.cpp"]
-float32, float64 = np.float32, np.float64
+# The types that the library of the arrays has: as CuPy's, without bfloat16.
+float32, float64, int8, uint8 = np.float32, np.float64, np.int8, np.uint8
+int16, uint16 = np.int16, np.uint16
 CUDA = 2  # DLPack's type of device
 GONE = object()
 _device_1 = np.zeros(1 << 16, np.uint8)  # all memory of device 1
@@ -249,7 +251,7 @@ class TableArray:
 @Exchange.AS_TENSOR
 def _as_tensor(array, out):
     host, (shape, strides) = array.host, map(ctypes.addressof, array.numbers)
-    code = 4 if host.dtype.name == "bfloat16" else 2
+    code = {"i": 0, "u": 1, "f": 2, "V": 4}[host.dtype.kind]
     out[0] = Tensor(
         host.ctypes.data, (CUDA, 0), host.ndim, code, 8 * host.itemsize, 1, shape, strides, 0
     )
@@ -297,6 +299,11 @@ def on_device_1(size, dtype):
     host = _device_1[start:_device_1_used].view(dtype)
     host[...] = 1
     return CudaArray(host)
+
+
+def zeros(length, dtype):
+    """As every array library's, on the first device."""
+    return CudaArray(np.zeros(length, dtype))
 
 
 def zeros_like(array, dtype):
