@@ -29,6 +29,7 @@ EVERY = [
     for rounding in ("nearest", "stochastic", "remainder")
     if (bits, rounding) != (32, "nearest")
 ]
+needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
 every_storage = pytest.mark.parametrize(("bits", "rounding"), EVERY)
 
 
@@ -159,7 +160,7 @@ def test_finalize_and_what_an_average_overwrites(bits, rounding):
             assert_same(memory_order(w), rounded(average, w.dtype), "weights")
 
 
-@pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
+@needs_bfloat16
 def test_an_average_begins_with_the_remainders():
     """Where no first update makes it, because the count of updates was set."""
     rng = np.random.default_rng(4)
@@ -263,6 +264,19 @@ def test_decoded_state_of_doubles_is_double():
     ours.build([np.ones(3)])
     ours.apply([np.ones(3)])
     assert {a.dtype.name for a in ours.decoded_state("variable_0").values()} == {"float64"}
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kind", ["momentum", "norm", "norm_scale", "remainder"])
+def test_a_gradient_in_memory_that_is_written(kind):
+    bfloat16 = dtype_of("bfloat16")
+    weights = [np.ones(4096, bfloat16), np.ones(8, bfloat16)]
+    ours = Adamax(state_bits=8, weight_rounding="remainder")
+    ours.build(weights)
+    memory = ours.state["variable_0"][kind].view(np.uint8)[:16].view(bfloat16)
+    with pytest.raises(ValueError, match=rf"^grads\[1\] .* overlaps {kind}\[0\] \(variable 'var"):
+        ours.apply([np.ones(4096, bfloat16), memory])
+    assert (weights[0] == 1).all()
 
 
 # ---- Settings -----------------------------------------------------------------------------------
