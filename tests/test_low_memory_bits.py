@@ -174,7 +174,7 @@ def test_conversions_are_those_of_the_program(bits, size, odd):
     twins = Twins(rng, size, ("float32", "float32", bits, "nearest"), average=False)
     state, buffers = twins.state, {k: placed(a, odd) for k, a in twins.buffers.items()}
     kept = buffers["m"], buffers["u"], buffers["norm_scale"]
-    for epsilon in (1e-7, 0.25):
+    for epsilon in (1e-7, 0.25, 0.0):
         state.epsilon = epsilon
         m, u = placed(np.ones(size, np.float32), odd), placed(np.ones(size, np.float32), odd)
         adamax_ext._core.decode_state(*kept, epsilon, m, u)
