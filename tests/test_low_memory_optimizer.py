@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from adamax_ext import Adamax, LossScaleOptimizer
+from adamax_ext import Adamax, LossScaleOptimizer, _core
 from support import reference_lowmem as program
 from support.bits import dtype_of, is_testable, memory_order, rounded, spread, widened
 from support.low_memory import LowMemoryReference, assert_same
@@ -277,6 +277,48 @@ def test_a_gradient_in_memory_that_is_written(kind):
     with pytest.raises(ValueError, match=rf"^grads\[1\] .* overlaps {kind}\[0\] \(variable 'var"):
         ours.apply([np.ones(4096, bfloat16), memory])
     assert (weights[0] == 1).all()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"norm_scales": None},
+            ValueError,
+            r"norm_scale\[0\] \(variable 'w'\) must be given where",
+        ),
+        ({"norm_scales": [None]}, ValueError, r"norm_scale\[0\] .* must be given where"),
+        (
+            {"remainders": [None]},
+            ValueError,
+            r"remainder\[0\] \(variable 'w'\) must be given where",
+        ),
+        ({"weight_rounding": "nearest"}, ValueError, r"remainder\[0\] .* must be None where"),
+        ({"weight_rounding": "up"}, ValueError, "weight_rounding must be 'nearest', "),
+        (
+            {"norm": [np.zeros(9, np.int8)]},
+            TypeError,
+            r"norm\[0\] .* has dtype int8; expected uint8",
+        ),
+        ({"averages": [np.zeros(9, np.int8)]}, TypeError, r"average\[0\] .* has dtype int8"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses(change, error, message):
+    kept = {
+        "momentum": [np.zeros(9, np.int8)],
+        "norm": [np.zeros(9, np.uint8)],
+        "averages": None,
+        "accumulators": None,
+        "norm_scales": [np.zeros(1, np.float32)],
+        "remainders": [np.zeros(9, np.int16)],
+        "weight_rounding": "remainder",
+    }
+    variables = (np.ones(9, dtype_of("bfloat16")),)
+    _core.Plan(variables, ["w"], [0], **kept)
+    with pytest.raises(error, match="^" + message):
+        _core.Plan(variables, ["w"], [0], **{**kept, **change})
 
 
 # ---- Settings -----------------------------------------------------------------------------------
