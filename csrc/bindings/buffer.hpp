@@ -63,6 +63,8 @@ void require_pair(const Buffer& param, const Label& param_label, const Buffer& g
                   const Label& grad_label);
 // The format of the state of `param`, by its first moment; throws TypeError if it is none.
 StateFormat state_format(const Buffer& momentum, const Label& label, const Buffer& param);
+// Of the norm of a variable in fewer bits.
+std::int64_t number_of_scales(std::int64_t size, StateFormat format);
 // Throw TypeError or ValueError unless the array is what `param` keeps in a format: an average or
 // an accumulator, its norm, the scales of that, and what its weights do not hold.
 void require_computed(const Buffer& buffer, const Label& label, const Buffer& param);
