@@ -71,7 +71,9 @@ class Adamax(torch.optim.Optimizer):
     In 8 bits, 256 elements that lie one after the other in memory share a scale. A parameter that
     changes its memory order later is stepped in that of its state. Each part of a DTensor has
     blocks of its own, so that its state can be loaded only for the same placement on as many
-    ranks, and is refused otherwise; in 16 bits it can be loaded on any.
+    ranks, and is refused otherwise; in 16 bits it can be loaded on any. A remainder can be saved
+    and loaded in parts, with ``torch.distributed.checkpoint``; to collect all of it on one rank is
+    refused by torch, whose collectives do not know int16.
     """
 
     _stepping: Stepping | None = None  # made by the first step, and not copied or pickled

@@ -21,7 +21,9 @@ class Parts(NamedTuple):
     number: int  # of the part of this process
     blocks: int  # of a part
     mesh: Any
-    placements: list[Any]  # of a tensor with an axis for each of the mesh that cuts, and one more
+    placements: tuple[
+        Any, ...
+    ]  # of a tensor with an axis for each of the mesh that cuts, and one more
     axes: int  # those of the mesh that cut
 
     @property
@@ -54,35 +56,32 @@ def parts_of(param: Any) -> Parts:
         shape[placement.dim] = -(-shape[placement.dim] // count)
         placements.append(Shard(axes))
         axes += 1
-    return Parts(number, -(-math.prod(shape) // BLOCK), mesh, placements, axes)
+    return Parts(number, -(-math.prod(shape) // BLOCK), mesh, tuple(placements), axes)
 
 
 def placed(variable: Variable, i: int) -> Variable:
     """Return DTensors of which this process has the same parts as of the parameter, itself one.
 
     `i` is the position among all variables of the step. Raises RuntimeError for what torch's own
-    step does not take either, and for state in 8 bits, whose blocks are those of a part, that was
-    placed otherwise.
+    step does not take either, and for what cannot be moved: state in 8 bits, whose blocks are those
+    of a part, and a remainder, as collectives know no int16.
     """
-    param = variable.param
+    param, grad, exp_avg, exp_inf = variable[:4]
+    parts = parts_of(param)
+    fixed = {"remainder": param.placements}
     if variable.is_in_blocks:
-        _require_placement(variable.exp_avg, param.device_mesh, param.placements, f"exp_avg[{i}]")
-        parts = parts_of(param)
-        _require_placement(
-            variable.exp_inf_scale, parts.mesh, tuple(parts.placements), f"exp_inf_scale[{i}]"
-        )
+        fixed |= {"exp_avg": param.placements, "exp_inf_scale": parts.placements}
+    for key, placements in fixed.items():
+        if getattr(variable, key) is not None:
+            _require_placed(getattr(variable, key), param.device_mesh, placements, f"{key}[{i}]")
+    if variable.place is not None:
+        variable = variable._replace(place=(variable.place[0], parts.first_element))
     with torch.no_grad():
-        like_param = {
-            key: _placed_as(param, tensor, f"{label}[{i}]")
-            for key, tensor, label in (
-                ("grad", variable.grad, "grads"),
-                ("exp_avg", variable.exp_avg, "exp_avg"),
-                ("exp_inf", variable.exp_inf, "exp_inf"),
-                ("remainder", variable.remainder, "remainder"),
-            )
-            if key != "remainder" or tensor is not None
-        }
-    return variable._replace(**like_param)
+        return variable._replace(
+            grad=_placed_as(param, grad, f"grads[{i}]"),
+            exp_avg=_placed_as(param, exp_avg, f"exp_avg[{i}]"),
+            exp_inf=_placed_as(param, exp_inf, f"exp_inf[{i}]"),
+        )
 
 
 def local(variable: Variable) -> Variable:
@@ -102,14 +101,13 @@ def local(variable: Variable) -> Variable:
     return parts
 
 
-def _require_placement(tensor: Any, mesh: Any, placements: Any, label: str) -> None:
-    if is_distributed(tensor) and (tensor.device_mesh, tensor.placements) == (mesh, placements):
-        return
-    raise RuntimeError(
-        f"{label}, of state in 8 bits, is not placed as it is kept: "
-        f"{placements} on {mesh}; received "
-        f"{tensor.placements if is_distributed(tensor) else 'a tensor that is no DTensor'}"
-    )
+def _require_placed(tensor: Any, mesh: Any, placements: Any, label: str) -> None:
+    own = (tensor.device_mesh, tensor.placements) if is_distributed(tensor) else "no DTensor"
+    if own != (mesh, placements):
+        raise RuntimeError(
+            f"{label} must be a DTensor placed as where it was made, and is not moved: expected "
+            f"{(mesh, placements)}; received {own}"
+        )
 
 
 def _placed_as(param: Any, tensor: Any, label: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
-from adamax_ext.torch.parts import is_distributed, local, parts_of, placed, ready
+from adamax_ext.torch.parts import is_distributed, local, placed, ready
 from adamax_ext.torch.state import KEYS, OPTIONAL_KEYS, new_state
 from adamax_ext.torch.tensors import PLACE, WIDTH, Gathered, Variable, scatter, share_memory
 
@@ -96,9 +96,6 @@ class Stepping:
                 variable = placed(variable, i)
                 if param in states:  # moments that were loaded for another placement stay here
                     states[param].update(variable.state)
-                if variable.place is not None:
-                    number, _ = variable.place
-                    variable = variable._replace(place=(number, parts_of(param).first_element))
                 variable = local(variable)
             arrays[WIDTH * i : WIDTH * (i + 1)] = variable
         for group, size, end in zip(param_groups, sizes, ends, strict=True):

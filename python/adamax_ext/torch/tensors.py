@@ -136,10 +136,10 @@ class Gathered:
         unscaled = torch.view_as_complex(grad) if own_grad.is_complex() else grad
         self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
-        if scale is None:
-            exp_avg, exp_inf = plain(exp_avg, wide), plain(exp_inf, wide)
-        else:
-            exp_avg, exp_inf = plain(exp_avg, exp_avg.dtype), plain(exp_inf, exp_inf.dtype)
+        # Where there may be fewer bits, a moment of another dtype is not one that is to be widened.
+        is_full = scale is None and place is None and exp_avg.is_floating_point()
+        exp_avg = plain(exp_avg, wide if is_full else exp_avg.dtype)
+        exp_inf = plain(exp_inf, wide if is_full else exp_inf.dtype)
         if remainder is not None:
             remainder = plain(remainder, remainder.dtype)
         count = step
