@@ -148,6 +148,23 @@ def test_the_functional_step_has_the_same_bits(dtype, bits, rounding):
             assert_same(optimizer.state[params[i]][key], state[key], key)
 
 
+def test_groups_that_come_later_and_a_seed_that_changes():
+    params = parameters(BF16, [(4500,), (4600,)])
+    options = {"state_bits": 8, "weight_rounding": "stochastic"}
+    optimizer = Adamax(params[:1], **SETTINGS, **options)
+    program = [Variable(p, i, 8, "stochastic", 0) for i, p in enumerate(params)]
+    for call in range(4):
+        if call == 1:
+            optimizer.add_param_group({"params": params[1:]})
+        if call == 2:
+            optimizer.param_groups[1]["seed"] = program[1].seed = 77
+        feed(params, gradients(call, params))
+        optimizer.step()
+        for param, variable in zip(params[: 1 + (call > 0)], program, strict=False):
+            variable.step(param.grad, **SETTINGS)
+            require_same(param, optimizer.state[param], variable.expected(), f"call {call}")
+
+
 def test_the_seed_is_of_every_rounding():
     results = []
     for seed in (0, 1, 2**32, 0):
@@ -244,19 +261,43 @@ def test_rounding_begins_with_a_file_that_knows_none(kind, rounding):
         require_same(param, second.state[param], variable.expected(), str(param.shape))
 
 
-def test_what_is_loaded_is_not_copied_to_another_dtype_on_the_way():
-    """At no time there is more than what is loaded."""
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_there_twice_is_loaded():
+    param = parameter(5000)
+    first, second = (Adamax([param, param], state_bits=8) for _ in range(2))
+    train(first, [param], range(2))
+    assert first.state[param]["step"] == 4
+    second.load_state_dict(through_a_file(first.state_dict()))
+    require_same_states(second, first)
+
+
+def test_a_file_with_more_groups_is_refused_as_torch_does():
+    params = parameters(F32)
+    first = Adamax([{"params": params[:1]}, {"params": params[1:]}], state_bits=8)
+    train(first, params, range(1))
+    second = Adamax(params[:1], state_bits=8)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        second.load_state_dict(first.state_dict())
+    assert not second.state
+
+
+class Loaded(Adamax):
+    """Knows what torch's own class has loaded."""
+
+    def __setstate__(self, state):
+        self.seen = [set(own) for own in state["state"].values()]
+        super().__setstate__(state)
+
+
+def test_what_is_loaded_is_never_there_in_another_dtype():
     params = parameters(F32, [(5000,)])
-    first, second = (Adamax(params, state_bits=8) for _ in range(2))
+    first, second = Adamax(params, state_bits=8), Loaded(params, state_bits=8)
     train(first, params, range(2))
     given = first.state_dict()
-    seen = []
-    second.register_load_state_dict_post_hook(
-        lambda optimizer: seen.append(dict(optimizer.state[params[0]]))
-    )
     second.load_state_dict(given)
+    assert second.seen == [{"step"}]
     for key in ("exp_avg", "exp_inf", "exp_inf_scale"):
-        assert seen[0][key].data_ptr() == given["state"][0][key].data_ptr()
+        assert second.state[params[0]][key] is given["state"][0][key]
 
 
 def test_bytes_of_state():
@@ -297,7 +338,22 @@ def test_grad_scaler_skips_a_step_and_changes_nothing():
     require_same_states(optimizer, other)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.compile")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step(backend):
+    torch._dynamo.reset()
+    runs = []
+    for compiled in (lambda step: step, lambda step: torch.compile(step, backend=backend)):
+        params = parameters(BF16)
+        optimizer = Adamax(params, state_bits=8, weight_rounding="stochastic", seed=2)
+        step = compiled(optimizer.step)
+        for call in range(4):
+            feed(params, some_gradients(call, params))
+            step()
+        runs.append(optimizer)
+    require_same_states(*runs)
+    torch._dynamo.reset()
+
+
 def test_rates_and_closures_as_with_full_state():
     runs = []
     for rate in (0.03, torch.tensor(0.03, dtype=torch.float64)):
@@ -406,6 +462,31 @@ def test_parameters_that_share_memory_are_stepped_one_after_the_other(bits):
     for param, other, one in zip(together, separate, others, strict=True):
         for key, tensor in optimizer.state[param].items():
             assert_same(tensor, one.state[other][key], key)
+
+
+@pytest.mark.parametrize("key", ["exp_inf_scale", "remainder"])
+def test_state_that_is_shared_is_stepped_one_after_the_other(key):
+    """As all of a state may be: the second parameter finds what the first one has left."""
+    options = {"state_bits": 8, "weight_rounding": "remainder"}
+    together, separate = (parameters(BF16, [(5000,), (5000,)]) for _ in range(2))
+    optimizer = Adamax(together, **SETTINGS, **options)
+    train(optimizer, together, range(2))
+    states = [optimizer.state[param] for param in together]
+    states[1][key] = states[0][key]
+    for param, other in zip(together, separate, strict=True):
+        other.data.copy_(param.data)
+    other = Adamax(separate, state_bits=8)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    one, two = (other.state[param] for param in separate)
+    feed(together, gradients(2, together))
+    optimizer.step()
+    feed(separate, [gradients(2, separate)[0], None])
+    other.step()
+    two[key].copy_(one[key])
+    feed(separate, [None, gradients(2, separate)[1]])
+    other.step()
+    one[key].copy_(two[key])
+    require_same_states(optimizer, other)
 
 
 def test_a_gathered_step_that_fails_restores_scales_and_remainders():
@@ -568,6 +649,20 @@ def test_state_that_does_not_fit(bits, changes, error, message):
     before = Snapshot(optimizer)
     with pytest.raises(error, match=message):
         optimizer.step()
+    before.require_unchanged()
+
+
+def test_state_in_blocks_of_two_memory_orders():
+    params = [torch.nn.Parameter(images(F32))]
+    optimizer = Adamax(params, state_bits=8)
+    train(optimizer, params, range(2))
+    state = optimizer.state[params[0]]
+    state["exp_inf"] = state["exp_inf"].contiguous()
+    before = Snapshot(optimizer)
+    with pytest.raises(
+        RuntimeError, match="exp_avg and exp_inf in 8 bits must have the same strid"
+    ):
+        train(optimizer, params, [2])
     before.require_unchanged()
 
 

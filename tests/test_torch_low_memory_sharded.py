@@ -335,6 +335,29 @@ def test_that_torch_makes_state_disturbs_nothing(dtype, bits, rounding, two_rank
     two_ranks(asked_for_the_state_before_the_first_step, dtype, bits, rounding)
 
 
+def zero_redundancy():
+    """Each rank has an optimizer of its own, with one of the parameters; rank 0 collects all."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns
+
+    params = [torch.nn.Parameter(random(*shape, dtype=BF16)) for shape in (UNEVEN, EVEN)]
+    program = [Variable(param, 0, 8, "remainder", 9) for param in params]
+    options = options_of(8, "remainder")
+    optimizer = ZeroRedundancyOptimizer(params, optimizer_class=Adamax, **options)
+    for call in range(3):
+        train(optimizer, params, [call])
+        for param, variable in zip(params, program, strict=True):
+            variable.step(param.grad, **SETTINGS)
+    optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        saved = optimizer.state_dict()["state"]
+        for i, (param, variable) in enumerate(zip(params, program, strict=True)):
+            require_same(param, saved[i], variable.expected(), f"parameter {i}")
+
+
+def test_zero_redundancy(two_ranks):
+    two_ranks(zero_redundancy)
+
+
 # ---- Other placements ---------------------------------------------------------------------------
 
 
