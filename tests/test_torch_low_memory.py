@@ -464,6 +464,35 @@ def test_parameters_that_share_memory_are_stepped_one_after_the_other(bits):
             assert_same(tensor, one.state[other][key], key)
 
 
+ACROSS = [  # dtype, bits, key, and where in the gradient what is kept begins
+    (F32, 32, "exp_inf", 2000),
+    (F32, 16, "exp_avg", 2000),
+    (F32, 8, "exp_avg", 2000),
+    (F32, 8, "exp_inf", 2000),
+    (F32, 8, "exp_inf_scale", 4990),
+    (BF16, 32, "remainder", 2000),
+]
+
+
+@pytest.mark.parametrize(("dtype", "bits", "key", "begin"), ACROSS)
+def test_a_gradient_that_lies_across_the_state_of_its_parameter(dtype, bits, key, begin):
+    """It is read before anything is written over it."""
+    runs = []
+    for is_across in (False, True):
+        params = parameters(dtype, [(5000,)])
+        options = {"state_bits": bits, "weight_rounding": "remainder"}
+        optimizer = Adamax(params, **SETTINGS, **options)
+        train(optimizer, params, range(2))
+        buffer = random(10000, dtype=dtype)
+        state = optimizer.state[params[0]]
+        kept = buffer[begin:].view(state[key].dtype)[: state[key].numel()].copy_(state[key])
+        params[0].grad = buffer[:5000] if is_across else buffer[:5000].clone()
+        state[key] = kept if is_across else kept.clone()
+        optimizer.step()
+        runs.append(optimizer)
+    require_same_states(*runs)
+
+
 @pytest.mark.parametrize("key", ["exp_inf_scale", "remainder"])
 def test_state_that_is_shared_is_stepped_one_after_the_other(key):
     """As all of a state may be: the second parameter finds what the first one has left."""

@@ -49,16 +49,20 @@ def share_memory(arrays: list[Tensor], unfit: Iterable[int]) -> bool:
 
     `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
     """
-    variables = [Variable(*arrays[begin : begin + WIDTH]) for begin in range(0, len(arrays), WIDTH)]
     storages = [
-        (_storage_of(variable.grad), list(map(_storage_of, variable.written)))
-        for variable in variables
+        (_storage_of(variable.grad), [_storage_of(tensor) for tensor in variable.written])
+        for variable in (
+            Variable(*arrays[begin : begin + WIDTH]) for begin in range(0, len(arrays), WIDTH)
+        )
     ]
     written = Counter(chain.from_iterable(own for _, own in storages))
-    readers = Counter(grad for grad, (param, *_) in storages if grad != param)
+    readers = Counter(grad for grad, _ in storages)
     return any(
-        written[grad] > (grad == own[0])
-        or any(written[storage] > 1 or readers[storage] > 0 for storage in own)
+        written[grad] > own.count(grad)
+        or any(
+            written[storage] > own.count(storage) or readers[storage] > (grad == storage)
+            for storage in own
+        )
         for grad, own in map(storages.__getitem__, unfit)
     )
 
@@ -100,7 +104,7 @@ class Gathered:
             require_writable(tensor)
         self.copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
         own_grad = grad
-        if _storage_of(grad) == _storage_of(param):  # it may lie across what is written
+        if _storage_of(grad) in map(_storage_of, variable.written):  # it may lie across that
             grad = grad.clone()
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
