@@ -5,6 +5,7 @@ import itertools
 import pickle
 
 import adamax_ext
+import numpy as np
 import pytest
 from support.torch_low_memory import (
     BF16,
@@ -167,7 +168,7 @@ def test_groups_that_come_later_and_a_seed_that_changes():
 
 def test_the_seed_is_of_every_rounding():
     results = []
-    for seed in (0, 1, 2**32, 0):
+    for seed in (0, 1, 2**32, np.int64(0)):
         params = parameters(BF16, [(4500,)])
         optimizer = Adamax(params, state_bits=8, weight_rounding="stochastic", seed=seed)
         train(optimizer, params, range(2))

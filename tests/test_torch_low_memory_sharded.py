@@ -248,15 +248,24 @@ def load_and_go_on(path, *storage):
     return bits_of(model)
 
 
+def require_same_weights(results):
+    for weights in results[1:]:
+        for i, (one, other) in enumerate(zip(weights, results[0], strict=True)):
+            assert_same_bits(one, other, f"weight {i}")
+
+
 @some_storages
 def test_a_distributed_checkpoint_goes_on_with_the_same_bits(
     dtype, bits, rounding, two_ranks, tmp_path
 ):
     run = tmp_path, dtype, bits, rounding
-    saved, loaded = two_ranks(train_save_and_go_on, *run), two_ranks(load_and_go_on, *run)
-    for bits_here in (*saved[1:], *loaded):
-        for i, (one, other) in enumerate(zip(bits_here, saved[0], strict=True)):
-            assert_same_bits(one, other, f"weight {i}")
+    require_same_weights([*two_ranks(train_save_and_go_on, *run), *two_ranks(load_and_go_on, *run)])
+
+
+@some_storages
+def test_one_process_goes_on_with_the_same_bits(dtype, bits, rounding, tmp_path):
+    run = tmp_path, dtype, bits, rounding
+    require_same_weights([train_save_and_go_on(*run), load_and_go_on(*run)])
 
 
 def state_after_loading(path, *storage):

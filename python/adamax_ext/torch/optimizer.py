@@ -69,11 +69,14 @@ class Adamax(torch.optim.Optimizer):
     training that is resumed with the same parameters in the same order has the same bits.
 
     In 8 bits, 256 elements that lie one after the other in memory share a scale. A parameter that
-    changes its memory order later is stepped in that of its state. Each part of a DTensor has
-    blocks of its own, so that its state can be loaded only for the same placement on as many
-    ranks, and is refused otherwise; in 16 bits it can be loaded on any. A remainder can be saved
-    and loaded in parts, with ``torch.distributed.checkpoint``; to collect all of it on one rank is
-    refused by torch, whose collectives do not know int16.
+    changes its memory order later is stepped in that of its state.
+
+    Each rank keeps state for its part of a DTensor. In 8 bits the parts have blocks of their own,
+    so that it can be loaded only for the same placement on as many ranks, and is refused otherwise;
+    in 16 bits it can be loaded on any. ``torch.distributed.checkpoint`` saves and loads all of it;
+    torch's collectives know no int16, and so refuse to gather a remainder on one rank. Of the first
+    FSDP, ``FullyShardedDataParallel``, state in fewer bits and remainders are saved by each rank,
+    as ``state_dict()``: its ``optim_state_dict`` refuses them.
     """
 
     _stepping: Stepping | None = None  # made by the first step, and not copied or pickled
