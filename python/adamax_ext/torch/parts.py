@@ -67,15 +67,15 @@ def placed(variable: Variable, i: int) -> Variable:
     of a part, and a remainder, as collectives know no int16.
     """
     param, grad, exp_avg, exp_inf = variable[:4]
-    parts = parts_of(param)
     fixed = {"remainder": param.placements}
     if variable.is_in_blocks:
-        fixed |= {"exp_avg": param.placements, "exp_inf_scale": parts.placements}
+        fixed |= {"exp_avg": param.placements, "exp_inf_scale": parts_of(param).placements}
     for key, placements in fixed.items():
         if getattr(variable, key) is not None:
             _require_placed(getattr(variable, key), param.device_mesh, placements, f"{key}[{i}]")
     if variable.place is not None:
-        variable = variable._replace(place=(variable.place[0], parts.first_element))
+        number, _ = variable.place
+        variable = variable._replace(place=(number, parts_of(param).first_element))
     with torch.no_grad():
         return variable._replace(
             grad=_placed_as(param, grad, f"grads[{i}]"),
