@@ -90,13 +90,16 @@ void require_norm(const Buffer& buffer, const Label& label, const Buffer& param,
                     param);
 }
 
+std::int64_t number_of_scales(std::int64_t size, StateFormat format) {
+  return format == StateFormat::k16Bits ? 1 : (size + kStateBlock - 1) / kStateBlock;
+}
+
 void require_norm_scale(const Buffer& buffer, const Label& label, const Buffer& param,
                         StateFormat format) {
   if (buffer.dtype != DType::kFloat32) throw_state_dtype(buffer, label, "float32", param);
   require_same_device(buffer, label, param, {"its parameter"});
   require_dense(buffer, label);
-  const std::int64_t expected =
-      format == StateFormat::k16Bits ? 1 : (param.size + kStateBlock - 1) / kStateBlock;
+  const std::int64_t expected = number_of_scales(param.size, format);
   if (buffer.size == expected) return;
   throw py::value_error(label.text() + " has " + std::to_string(buffer.size) +
                         " elements; expected " + std::to_string(expected) +

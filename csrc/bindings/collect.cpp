@@ -44,7 +44,7 @@ class Walk {
 }  // namespace
 
 Collected collect(const py::list& groups, const py::dict& states, const py::tuple& keys,
-                  const py::tuple& plain_types) {
+                  const py::tuple& optional_keys, const py::tuple& plain_types) {
   const py::str attribute("grad");
   Collected collected;
   Walk walk(states);
@@ -60,6 +60,7 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) {
         walk.pass(param);
+        collected.skipped.push_back(count + collected.skipped.size());
         continue;
       }
       const py::object state = walk.state_of(param);
@@ -70,15 +71,24 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       if (!is_plain || !is_known) collected.to_inspect.push_back(count);
       append(param);
       append(grad);
-      for (const py::handle key : keys) {
+      const auto append_state = [&](py::handle key, bool is_there) {
         PyObject* const array =
-            is_known ? PyDict_GetItemWithError(state.ptr(), key.ptr()) : Py_None;
-        if (array == nullptr) {
-          if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key.ptr());
-          throw py::error_already_set();
-        }
-        append(array);
+            is_there ? PyDict_GetItemWithError(state.ptr(), key.ptr()) : Py_None;
+        if (array == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        if (array != nullptr) append(array);
+        return array != nullptr;
+      };
+      for (const py::handle key : keys) {
+        if (append_state(key, is_known)) continue;
+        PyErr_SetObject(PyExc_KeyError, key.ptr());
+        throw py::error_already_set();
       }
+      // Mostly there is nothing else, and nothing is looked for.
+      const bool has_more = is_known && PyDict_GET_SIZE(state.ptr()) > PyTuple_GET_SIZE(keys.ptr());
+      for (const py::handle key : optional_keys) {
+        if (!append_state(key, has_more)) append(Py_None);
+      }
+      append(Py_None);
       ++count;
     }
     collected.sizes.push_back(count - before);

@@ -108,23 +108,27 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
           "step",
           [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,
              std::vector<Group> groups, std::vector<py::object> learning_rates,
+             std::vector<py::object> weight_roundings,
              std::vector<std::pair<py::object, py::object>> loss_scales, bool is_strict) {
             return self.step(arrays,
                              {std::move(sizes), std::move(groups), std::move(learning_rates),
-                              std::move(loss_scales)},
+                              std::move(weight_roundings), std::move(loss_scales)},
                              is_strict);
           },
           py::arg("arrays"), py::kw_only(), py::arg("sizes"), py::arg("groups"),
-          py::arg("learning_rates"), py::arg("loss_scales"), py::arg("is_strict"));
+          py::arg("learning_rates"), py::arg("weight_roundings"), py::arg("loss_scales"),
+          py::arg("is_strict"));
 
   m.def(
       "collect",
       [](const py::list& groups, const py::dict& states, const py::tuple& keys,
-         const py::tuple& plain_types) {
-        const Collected collected = collect(groups, states, keys, plain_types);
-        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect);
+         const py::tuple& optional_keys, const py::tuple& plain_types) {
+        const Collected collected = collect(groups, states, keys, optional_keys, plain_types);
+        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect,
+                              collected.skipped);
       },
-      py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"), py::arg("plain_types"));
+      py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"),
+      py::arg("optional_keys"), py::arg("plain_types"));
 
   m.def(
       "update",

@@ -13,9 +13,20 @@
 
 namespace adamax::bindings {
 
-// The arrays of a variable, in this order: parameter, gradient, first moment, infinity norm, and
-// one float32 or float64, the number of completed steps.
-enum Role { kParam, kGrad, kMomentum, kNorm, kSteps, kNumRoles };
+// What there is of a variable, in this order: parameter, gradient, first moment, infinity norm, one
+// float32 or float64, the number of completed steps; or None: the scales of a norm in fewer bits,
+// what a weight does not hold, and where it is among all, as (number, first element).
+enum Role {
+  kParam,
+  kGrad,
+  kMomentum,
+  kNorm,
+  kSteps,
+  kNormScale,
+  kRemainder,
+  kPlace,
+  kNumRoles,
+};
 
 // As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);
@@ -30,8 +41,9 @@ struct StepVariable {
   double step = 1.0;           // number of this one, in the type of the count, if on the host
   std::size_t grad_place = 0;  // among what is written, as last seen
 
-  // From the arrays of all variables. Returns whether what a step writes lies where it lay before.
-  bool import(const py::tuple& arrays, std::size_t i, Leases& leases,
+  // From the arrays of all variables; `rounding` is a word, or null for the nearest. Returns
+  // whether what a step writes lies where it lay before.
+  bool import(const py::tuple& arrays, std::size_t i, const py::object* rounding, Leases& leases,
               std::map<int, Streams>& streams);
 
   void add_to(WrittenMemory& written, std::size_t i) const;

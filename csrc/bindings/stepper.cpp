@@ -165,15 +165,17 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
   const Busy busy(is_busy_);
   const std::size_t count =
       std::accumulate(settings.sizes.begin(), settings.sizes.end(), std::size_t{0});
+  const auto has_one_each = [&](const std::vector<py::object>& objects) {
+    return objects.empty() || objects.size() == settings.groups.size();
+  };
   if (count * kNumRoles != arrays.size() || settings.sizes.size() != settings.groups.size() ||
-      (!settings.learning_rates.empty() &&
-       settings.learning_rates.size() != settings.groups.size())) {
-    throw py::value_error(
-        "arrays must have " + std::to_string(kNumRoles) + " entries for each of the " +
-        std::to_string(count) +
-        " variables of sizes, and sizes and learning_rates an entry for each of " +
-        std::to_string(settings.groups.size()) + " groups; received " +
-        std::to_string(arrays.size()) + " arrays");
+      !has_one_each(settings.learning_rates) || !has_one_each(settings.roundings)) {
+    throw py::value_error("arrays must have " + std::to_string(kNumRoles) +
+                          " entries for each of the " + std::to_string(count) +
+                          " variables of sizes, and sizes, learning_rates and weight_roundings an "
+                          "entry for each of " +
+                          std::to_string(settings.groups.size()) + " groups; received " +
+                          std::to_string(arrays.size()) + " arrays");
   }
   Leases leases;
   std::map<int, Streams> streams;
@@ -193,8 +195,12 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
       }
     }
   };
+  std::size_t group = 0, end = count > 0 ? settings.sizes[0] : 0;  // of the variables of the group
   check_each([&](std::size_t i) {
-    is_where_it_was = variables_[i].import(arrays, i, leases, streams) && is_where_it_was;
+    while (i >= end) end += settings.sizes[++group];
+    const py::object* const rounding =
+        settings.roundings.empty() ? nullptr : &settings.roundings[group];
+    is_where_it_was = variables_[i].import(arrays, i, rounding, leases, streams) && is_where_it_was;
   });
   if (!unfit.empty()) return unfit;
   written_is_current_ = is_where_it_was;

@@ -78,11 +78,12 @@ class Stepper:
     def __init__(self) -> None: ...
     def step(
         self,
-        arrays: list[Any],  # parameter, gradient, moment, norm, count of steps; for each variable
+        arrays: list[Any],  # for each variable: see the roles of csrc/bindings/step_variable.hpp
         *,
         sizes: Sequence[int],  # variables of each group
         groups: Sequence[Group],
         learning_rates: Sequence[Any],  # in device memory, or None; empty, or for each group
+        weight_roundings: Sequence[str],  # empty, or for each group
         loss_scales: Sequence[tuple[Any, Any]],  # grad_scale and found_inf of each device
         is_strict: bool,
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
@@ -92,8 +93,11 @@ def collect(
     states: dict[Any, Any],
     *,
     keys: tuple[str, ...],
+    optional_keys: tuple[str, ...],
     plain_types: tuple[type, ...],
-) -> tuple[list[Any], list[int], list[int]]: ...  # arrays and sizes for step(), and what to inspect
+) -> tuple[
+    list[Any], list[int], list[int], list[int]
+]: ...  # arrays and sizes for step(), what to inspect, positions without a gradient
 def update(
     param: Any,
     grad: Any,

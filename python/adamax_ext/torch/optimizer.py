@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partialmethod
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adamax_ext.torch.state import as_moment, new_count
+from adamax_ext.torch import storage
+from adamax_ext.torch.state import loaded_state, new_count
 from adamax_ext.torch.stepping import UNSCALED, LossScale, Stepping
 
 
@@ -37,11 +37,21 @@ class Adamax(torch.optim.Optimizer):
         Keep the step counts on the GPU, so that a step can be captured into a CUDA graph.
     decoupled_weight_decay : bool
         Shrink the parameters by ``lr * weight_decay`` instead of adding to the gradient.
+    state_bits : {32, 16, 8}
+        Bits of an element of each moment, of parameters that are computed in float32. With 8, the
+        state of parameters with fewer than 4096 elements stays in 32 bits.
+    weight_rounding : {"nearest", "stochastic", "remainder"}
+        What becomes of the bits that bfloat16 parameters have no room for: lost; rounded away from
+        zero with the probability that they are; or kept in 16 bits of the state.
+    seed : int
+        Of the random numbers for both, from 0 to ``2**64 - 1``: the same seed, the same bits.
 
     Raises
     ------
     ValueError, TypeError
-        As ``torch.optim.Adamax``, with its words.
+        As ``torch.optim.Adamax``, with its words. A setting out of range; a parameter for which
+        `state_bits` or `weight_rounding` is not: float64 and complex ones have full state, and
+        float16 is rounded to nearest.
     RuntimeError
         ``differentiable=True``.
 
@@ -51,6 +61,22 @@ class Adamax(torch.optim.Optimizer):
     the dtype of the parameter, but in float32 for float16 and bfloat16, and has the keys ``step``,
     ``exp_avg`` and ``exp_inf``. A step is done for all parameters or, if an exception says why,
     for none.
+
+    `state_bits`, `weight_rounding` and `seed` can be those of a parameter group. A group has their
+    keys unless all three are as by default. State in fewer bits has ``exp_inf_scale`` too, and
+    rounding with a remainder ``remainder``. Random numbers follow from the seed, the number of the
+    step, the position of the parameter among all of the optimizer, and that of an element in it:
+    training that is resumed with the same parameters in the same order has the same bits.
+
+    In 8 bits, 256 elements that lie one after the other in memory share a scale. A parameter that
+    changes its memory order later is stepped in that of its state.
+
+    Each rank keeps state for its part of a DTensor. In 8 bits the parts have blocks of their own,
+    so that it can be loaded only for the same placement on as many ranks, and is refused otherwise;
+    in 16 bits it can be loaded on any. ``torch.distributed.checkpoint`` saves and loads all of it;
+    torch's collectives know no int16, and so refuse to gather a remainder on one rank. Of the first
+    FSDP, ``FullyShardedDataParallel``, state in fewer bits and remainders are saved by each rank,
+    as ``state_dict()``: its ``optim_state_dict`` refuses them.
     """
 
     _stepping: Stepping | None = None  # made by the first step, and not copied or pickled
@@ -68,6 +94,9 @@ class Adamax(torch.optim.Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
+        state_bits: int = 32,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -91,8 +120,22 @@ class Adamax(torch.optim.Optimizer):
             "differentiable": differentiable,
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "state_bits": state_bits,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
         }
+        storage.complete(defaults)
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        storage.complete(group)
+        try:
+            storage.require_valid(group, len(self.param_groups) - 1)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
 
     # ---- Steps -----------------------------------------------------------------------------------
 
@@ -177,26 +220,37 @@ class Adamax(torch.optim.Optimizer):
         Parameters
         ----------
         state_dict : dict
-            As for every optimizer of torch. Moments get the dtype that this class keeps them in.
+            As for every optimizer of torch. Moments get the dtype that this class keeps them in;
+            what is in fewer bits is taken bit for bit. A file without `weight_rounding` and `seed`
+            leaves those of here.
 
         Raises
         ------
         ValueError
-            Other parameter groups than this optimizer has. Nothing has changed then.
+            Other parameter groups than this optimizer has, or state in other bits: make the
+            optimizer with the `state_bits` of the file. Nothing has changed then.
 
         Notes
         -----
         Files of ``torch.distributed.checkpoint`` from torch's class lack `decoupled_weight_decay`;
         read them with ``DefaultLoadPlanner(allow_partial_load=True)``, which keeps that of here.
         """
-        loaded: dict[str, Any] = {}
-        # Last before, and first after, what the base class does, which rounds the moments to the
-        # dtype of the parameter.
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        # The base class would round the moments to the dtype of the parameter: it does not see
+        # them. Last before what it does, and first after.
+        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            given, moments = self._without_moments(given)
+            loaded.update(moments)
+            return given
+
+        def put(_: Any) -> None:
+            for param, moments in loaded.items():
+                self.state[param].update(moments)
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._take_moments(loaded), prepend=True
-            ),
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -204,14 +258,30 @@ class Adamax(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _take_moments(self, loaded: dict[str, Any]) -> None:
-        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for name, param in zip(ids, params, strict=True):
-            given = loaded["state"].get(name, {})
-            for key in ("exp_avg", "exp_inf"):
-                if torch.is_tensor(given.get(key)):
-                    self.state[param][key] = as_moment(given[key], param)
+    def _without_moments(
+        self, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
+        """Return what was saved without its moments, and those, as they are kept here."""
+        groups, states, moments = [], dict(given["state"]), {}
+        for i, (own, saved) in enumerate(
+            zip(self.param_groups, given["param_groups"], strict=False)
+        ):
+            options = {name: own[name] for name in storage.DEFAULTS if name in own}
+            bits, own_bits = (group.get("state_bits", 32) for group in (saved, own))
+            if bits != own_bits:
+                raise ValueError(
+                    f"state_dict has state_bits={bits} in param_groups[{i}], and this optimizer "
+                    f"{own_bits}; expected the same, as state in other bits is not converted"
+                )
+            groups.append({**options, **saved})
+            for param, name in zip(own["params"], saved["params"], strict=False):
+                state = given["state"].get(name)
+                if not state:
+                    continue
+                moments[param] = loaded_state(state, param, groups[-1], name)
+                states[name] = {key: state[key] for key in state if key not in moments[param]}
+        groups += given["param_groups"][len(groups) :]
+        return {**given, "state": states, "param_groups": groups}, moments
 
 
 class AdamaxW(Adamax):

@@ -1,22 +1,24 @@
 """The state of a parameter as torch keeps it: new, counted, and loaded."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from adamax_ext.torch.tensors import Variable, is_distributed, state_dtype
+from adamax_ext.torch import storage
+from adamax_ext.torch.parts import is_distributed, parts_of
+from adamax_ext.torch.tensors import Variable
 
-STATE_KEYS = Variable._fields[2:]
+KEYS, OPTIONAL_KEYS = Variable._fields[2:5], Variable._fields[5:-1]
 
 
-def new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
+def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """Return the state of a parameter that was never stepped."""
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(
-            param, dtype=state_dtype(param), memory_format=torch.preserve_format
-        )
-
-    return {"step": new_count(param, capturable), "exp_avg": zeros(), "exp_inf": zeros()}
+    storage.require_storable(param, group, f"a parameter of shape {tuple(param.shape)}")
+    state = {"step": new_count(param, group["capturable"])}
+    for key, dtype in storage.dtypes(param, group).items():
+        state[key] = _new(key, param, group, dtype)
+    return state
 
 
 def new_count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
@@ -29,9 +31,50 @@ def new_count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
     )
 
 
-def as_moment(value: Tensor, param: Tensor) -> Tensor:
-    """Return a moment that was loaded, in the dtype, place and memory order of one of `param`."""
-    dtype = state_dtype(param)
+def _new(key: str, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    if key != "exp_inf_scale":
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if storage.state_bits(param, group) == 16:
+        return torch.ones(1, dtype=dtype, device=param.device)  # the same on all ranks
+    if is_distributed(param):
+        return parts_of(param).new_scales(param.device, dtype)
+    return torch.zeros(-(-param.numel() // storage.BLOCK), dtype=dtype, device=param.device)
+
+
+def loaded_state(
+    given: dict[str, Any], param: Tensor, group: dict[str, Any], name: Any
+) -> dict[str, Any]:
+    """Return tensors of a state that was saved as they are kept for `param`, without its count.
+
+    Raises ValueError, with the `name` of the parameter in the file, if it was kept otherwise.
+    """
+    bits, expected = storage.state_bits(param, group), storage.dtypes(param, group)
+    state: dict[str, Any] = {}
+    for key in (*KEYS[:2], *OPTIONAL_KEYS):
+        value: Any = given.get(key)
+        dtype = expected.get(key)
+        is_tensor = torch.is_tensor(value)
+        if bits == 32 and key in KEYS:
+            if is_tensor:
+                state[key] = _placed(value, param, expected[key])
+        elif key == "remainder" and value is None and dtype is not None:
+            state[key] = _new(key, param, group, dtype)  # the weights were all there was
+        elif (value.dtype if is_tensor else value) != dtype:
+            raise ValueError(
+                f"{key} of parameter {name!r} in state_dict is "
+                f"{f'of {value.dtype}' if is_tensor else repr(value)}; expected {dtype} for a "
+                f"parameter of {param.numel()} elements of {param.dtype} with "
+                f"state_bits={group.get('state_bits', 32)} and "
+                f"weight_rounding={group.get('weight_rounding', 'nearest')!r}"
+            )
+        elif dtype is not None:
+            is_in_blocks = bits == 8 and key != "remainder"
+            state[key] = value.to(param.device) if is_in_blocks else _placed(value, param, dtype)
+    return state
+
+
+def _placed(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what was loaded in this dtype, and in the place and memory order of `param`."""
     if value.shape != param.shape or is_distributed(param):
         return value.to(param.device, dtype)
     moment = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)

@@ -1,8 +1,8 @@
 """A step of all parameter groups: collects their tensors and settings for one native call."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate, islice
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
-from adamax_ext.torch.state import STATE_KEYS, new_state
-from adamax_ext.torch.tensors import (
-    WIDTH,
-    Gathered,
-    Variable,
-    is_distributed,
-    local,
-    placed,
-    ready,
-    scatter,
-    share_memory,
-)
+from adamax_ext.torch.parts import is_distributed, local, placed, ready
+from adamax_ext.torch.state import KEYS, OPTIONAL_KEYS, new_state
+from adamax_ext.torch.tensors import PLACE, WIDTH, Gathered, Variable, scatter, share_memory
 
 _CAPTURABLE_DEVICES = ["cuda"]
 
@@ -48,12 +39,15 @@ class Settings(NamedTuple):
 
     groups: list[_core.Group]
     learning_rates: list[Tensor | None]  # that a GPU is to read; empty if there are none
+    roundings: list[str]  # of weights; empty if all are to nearest
     loss_scale: LossScale
 
     def of(self, i: int) -> "Settings":
         """Return those of one group."""
         one = slice(i, i + 1)
-        return Settings(self.groups[one], self.learning_rates[one], self.loss_scale)
+        return Settings(
+            self.groups[one], self.learning_rates[one], self.roundings[one], self.loss_scale
+        )
 
 
 class Stepping:
@@ -73,28 +67,35 @@ class Stepping:
         loss_scale: LossScale,
     ) -> None:
         """Do one step, or raise an exception that says why nothing was done."""
-        arrays, sizes, to_inspect = _core.collect(
+        arrays, sizes, to_inspect, without_gradient = _core.collect(
             [group["params"] for group in param_groups],
             states,
-            keys=STATE_KEYS,
+            keys=KEYS,
+            optional_keys=OPTIONAL_KEYS,
             plain_types=(Parameter, Tensor),
         )
+        draws = any("seed" in group for group in param_groups)
+        if draws:
+            numbers: Iterable[int] = range(sum(sizes) + len(without_gradient))
+            if without_gradient:
+                numbers = sorted(set(numbers).difference(without_gradient))
+            arrays[PLACE::WIDTH] = zip(numbers, repeat(0))
         ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
         for i in to_inspect:
-            param, grad, *kept = arrays[WIDTH * i : WIDTH * (i + 1)]
-            if kept[0] is None:
+            variable = Variable(*arrays[WIDTH * i : WIDTH * (i + 1)])
+            param = variable.param
+            if variable.exp_avg is None:
                 if param not in new_states:
-                    capturable = param_groups[bisect_right(ends, i)]["capturable"]
-                    new_states[param] = new_state(param, capturable)
-                kept = [new_states[param][key] for key in STATE_KEYS]
-            variable = Variable(param, grad, *kept)
+                    group = param_groups[bisect_right(ends, i)]
+                    new_states[param] = new_state(param, group)
+                variable = variable._replace(**new_states[param])
             if is_distributed(param):
                 wrappers.append(param)
                 variable = placed(variable, i)
                 if param in states:  # moments that were loaded for another placement stay here
-                    states[param].update(zip(STATE_KEYS, variable[2:], strict=True))
+                    states[param].update(variable.state)
                 variable = local(variable)
             arrays[WIDTH * i : WIDTH * (i + 1)] = variable
         for group, size, end in zip(param_groups, sizes, ends, strict=True):
@@ -156,10 +157,10 @@ class Stepping:
         variables = (arrays[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH))
         try:
             for i, size in enumerate(sizes):
-                for variable in islice(variables, size):
-                    param, _, *kept = variable
-                    done += [(tensor, tensor.clone()) for tensor in (param, *kept)]
-                    self._step_arrays(variable, [1], settings.of(i))
+                for tensors in islice(variables, size):
+                    written = Variable(*tensors).written
+                    done += [(tensor, tensor.clone()) for tensor in written]
+                    self._step_arrays(tensors, [1], settings.of(i))
         except BaseException:
             for tensor, copy in reversed(done):
                 tensor.copy_(copy)
@@ -169,12 +170,13 @@ class Stepping:
     def _call(
         self, arrays: list[Tensor], sizes: list[int], settings: Settings, is_strict: bool
     ) -> list[int]:
-        groups, learning_rates, loss_scale = settings
+        groups, learning_rates, roundings, loss_scale = settings
         return self._stepper.step(
             arrays,
             sizes=sizes,
             groups=groups,
             learning_rates=learning_rates,
+            weight_roundings=roundings,
             loss_scales=loss_scale.for_devices_of(islice(arrays, 0, None, WIDTH)),
             is_strict=is_strict,
         )
@@ -200,12 +202,17 @@ class Stepping:
                 float(group["weight_decay"]),
                 group["maximize"],
                 group["decoupled_weight_decay"],
+                group.get("seed", 0),
             )
             if settings != self._settings[i]:
                 self._settings[i] = settings
                 self._groups[i] = _native_group(*settings)
         has_rates = any(rate is not None for rate in rates)
-        return Settings(self._groups, rates if has_rates else [], loss_scale)
+        roundings: list[str] = [group.get("weight_rounding", "nearest") for group in param_groups]
+        rounds = any(rounding != "nearest" for rounding in roundings)
+        return Settings(
+            self._groups, rates if has_rates else [], roundings if rounds else [], loss_scale
+        )
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
@@ -220,6 +227,7 @@ def _native_group(
     weight_decay: float,
     maximize: bool,
     decoupled: bool,
+    seed: int,
 ) -> _core.Group:
     group = _core.Group()
     group.learning_rate = lr
@@ -227,6 +235,7 @@ def _native_group(
     group.epsilon, group.epsilon_mode = eps, "inside"
     group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
     group.maximize = bool(maximize)
+    group.seed = seed
     return group
 
 

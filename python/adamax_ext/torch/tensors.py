@@ -8,17 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# In which state is kept, and the arithmetic done, where it is not the dtype of the parameter.
-_WIDER = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.complex32: torch.complex64,
-}
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of the moments of a parameter."""
-    return _WIDER.get(param.dtype, param.dtype)
+from adamax_ext.torch.storage import state_dtype
 
 
 class Variable(NamedTuple):
@@ -29,54 +19,29 @@ class Variable(NamedTuple):
     exp_avg: Tensor
     exp_inf: Tensor
     step: Tensor
+    exp_inf_scale: Any = None  # of a norm in fewer bits
+    remainder: Any = None  # what a bfloat16 weight does not hold
+    place: Any = None  # number of the variable, and the first element of a part; or None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return what is kept from step to step, by its key."""
+        kept = zip(self._fields[2:-1], self[2:-1], strict=True)
+        return {key: value for key, value in kept if value is not None}
+
+    @property
+    def written(self) -> list[Any]:
+        """Return what a step writes."""
+        return [self.param, *self.state.values()]
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether scales go with stretches of the memory of the state."""
+        return self.exp_inf_scale is not None and self.exp_avg.dtype == torch.int8
 
 
 WIDTH = len(Variable._fields)  # of one in a list of tensors of many
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether this is a DTensor, of which each process has a part."""
-    return hasattr(tensor, "placements")
-
-
-def placed(variable: Variable, i: int) -> Variable:
-    """Return DTensors of which this process has the same parts as of the parameter, itself one.
-
-    `i` is the position among all variables of the step. Raises RuntimeError for what torch's own
-    step does not take either.
-    """
-    param, grad, exp_avg, exp_inf, step = variable
-    with torch.no_grad():
-        grad = _placed_as(param, grad, f"grads[{i}]")
-        exp_avg = _placed_as(param, exp_avg, f"exp_avg[{i}]")
-        exp_inf = _placed_as(param, exp_inf, f"exp_inf[{i}]")
-    return Variable(param, grad, exp_avg, exp_inf, step)
-
-
-def local(variable: Variable) -> Variable:
-    """Return the parts of DTensors that this process has; of other tensors, all."""
-    return Variable(*(ready(getattr(tensor, "_local_tensor", tensor)) for tensor in variable))
-
-
-def _placed_as(param: Any, tensor: Any, label: str) -> Any:
-    if not is_distributed(tensor):
-        raise RuntimeError(
-            f"got mixed torch.Tensor and DTensor: {label} of shape {tuple(tensor.shape)} is no "
-            f"DTensor, but its parameter of shape {tuple(param.shape)} is one"
-        )
-    if tensor.device_mesh != param.device_mesh:
-        raise RuntimeError(
-            f"{label} and its parameter are on different meshes: got {tensor.device_mesh} and "
-            f"{param.device_mesh}"
-        )
-    if tensor.placements == param.placements:
-        return tensor
-    return tensor.redistribute(placements=param.placements)
-
-
-def ready(tensor: Any) -> Any:
-    """Return what a collective gave, which may still be under way."""
-    return tensor.wait() if hasattr(tensor, "wait") else tensor
+PLACE = Variable._fields.index("place")
 
 
 def share_memory(arrays: list[Tensor], unfit: Iterable[int]) -> bool:
@@ -84,14 +49,21 @@ def share_memory(arrays: list[Tensor], unfit: Iterable[int]) -> bool:
 
     `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
     """
-    storages = [_storage_of(tensor) for tensor in arrays]
-    variables = [storages[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH)]
-    written = Counter(chain.from_iterable([param, *kept] for param, _, *kept in variables))
-    readers = Counter(grad for param, grad, *_ in variables if grad != param)
+    storages = [
+        (_storage_of(variable.grad), [_storage_of(tensor) for tensor in variable.written])
+        for variable in (
+            Variable(*arrays[begin : begin + WIDTH]) for begin in range(0, len(arrays), WIDTH)
+        )
+    ]
+    written = Counter(chain.from_iterable(own for _, own in storages))
+    readers = Counter(grad for grad, _ in storages)
     return any(
-        written[grad] > (grad == param)
-        or any(written[storage] > 1 or readers[storage] > 0 for storage in (param, *kept))
-        for param, grad, *kept in map(variables.__getitem__, unfit)
+        written[grad] > own.count(grad)
+        or any(
+            written[storage] > own.count(storage) or readers[storage] > (grad == storage)
+            for storage in own
+        )
+        for grad, own in map(storages.__getitem__, unfit)
     )
 
 
@@ -122,18 +94,17 @@ class Gathered:
     """
 
     def __init__(self, variable: Variable, name: str, writes_gradient: bool) -> None:
-        param, grad, exp_avg, exp_inf, step = variable
+        param, grad, exp_avg, exp_inf, step, scale, remainder, place = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        for key, kept in zip(Variable._fields[2:], variable[2:], strict=True):
+        for key, kept in zip(Variable._fields[2:5], variable[2:5], strict=True):
             if not isinstance(kept, Tensor):
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
-        written = [param, exp_avg, exp_inf, step] + [grad] * writes_gradient
-        for tensor in written:
+        for tensor in variable.written + [grad] * writes_gradient:
             require_writable(tensor)
         self.copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
         own_grad = grad
-        if _storage_of(grad) == _storage_of(param):  # it may lie across what is written
+        if _storage_of(grad) in map(_storage_of, variable.written):  # it may lie across that
             grad = grad.clone()
         if param.is_complex():
             param, grad, exp_avg, exp_inf = map(
@@ -141,6 +112,13 @@ class Gathered:
             )
         order = torch.empty_like(param)  # dense, and as the parameter if that is dense
         wide = state_dtype(param)
+        if variable.is_in_blocks and exp_avg.shape == param.shape:  # which were made in its order
+            order = torch.empty_like(exp_avg, dtype=param.dtype, device=param.device)
+            if exp_inf.stride() != exp_avg.stride():
+                raise RuntimeError(
+                    "exp_avg and exp_inf in 8 bits must have the same strides; received "
+                    f"{exp_avg.stride()} and {exp_inf.stride()}"
+                )
 
         def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             if tensor.shape != order.shape:
@@ -162,13 +140,18 @@ class Gathered:
         unscaled = torch.view_as_complex(grad) if own_grad.is_complex() else grad
         self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
-        exp_avg, exp_inf = plain(exp_avg, wide), plain(exp_inf, wide)
+        # Where there may be fewer bits, a moment of another dtype is not one that is to be widened.
+        is_full = scale is None and place is None and exp_avg.is_floating_point()
+        exp_avg = plain(exp_avg, wide if is_full else exp_avg.dtype)
+        exp_inf = plain(exp_inf, wide if is_full else exp_inf.dtype)
+        if remainder is not None:
+            remainder = plain(remainder, remainder.dtype)
         count = step
         is_plain = step.is_floating_point() and step.itemsize >= 4
         if not (is_plain and (step.is_cpu or step.device == param.device)):
             count = step.to("cpu", torch.float64)
             self.copies.append((count, step))
-        self.variable = Variable(param, grad, exp_avg, exp_inf, count)
+        self.variable = Variable(param, grad, exp_avg, exp_inf, count, scale, remainder, place)
 
 
 def scatter(gathered: Iterable[Gathered]) -> None:

@@ -1,0 +1,88 @@
+"""In what the options of a group keep its state, and the float32 weights of bfloat16 parameters."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A group has all of these or, where they are as here, none: it then is one of torch's.
+DEFAULTS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
+SMALLEST = 4096  # elements of a parameter whose state can be in 8 bits
+BLOCK = 256  # elements that share a scale of a norm in 8 bits
+
+_ROUNDINGS = ("nearest", "stochastic", "remainder")
+_MOMENTS = {16: (torch.bfloat16, torch.bfloat16), 8: (torch.int8, torch.uint8)}
+# In which full state is kept, and the arithmetic done, where it is not the dtype of the parameter.
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+def complete(group: dict[str, Any]) -> None:
+    """Give a group all options, or none."""
+    options = {name: group.pop(name, value) for name, value in DEFAULTS.items()}
+    if options != DEFAULTS:
+        group.update(options)
+
+
+def require_valid(group: dict[str, Any], index: int) -> None:
+    """Raise ValueError for an option out of range, TypeError for a parameter that it cannot be of.
+
+    `index` is the position of the group in the optimizer.
+    """
+    bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
+    if bits not in (32, *_MOMENTS):
+        raise ValueError(f"state_bits must be 32, 16 or 8; received {bits!r}")
+    if rounding not in _ROUNDINGS:
+        raise ValueError(
+            f"weight_rounding must be 'nearest', 'stochastic' or 'remainder'; received {rounding!r}"
+        )
+    is_integer = hasattr(seed, "__index__") and not isinstance(seed, bool)
+    if not is_integer or not 0 <= operator.index(seed) < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1; received {seed!r}")
+    names = group.get("param_names")
+    for i, param in enumerate(group["params"]):
+        label = repr(names[i]) if names else f"params[{i}] of param_groups[{index}]"
+        require_storable(param, group, label)
+
+
+def require_storable(param: Tensor, group: dict[str, Any], label: str) -> None:
+    """Raise TypeError, naming the parameter, where the options of its group cannot be its own."""
+    bits, rounding, _ = (group.get(name, value) for name, value in DEFAULTS.items())
+    computed = state_dtype(param)
+    if bits != 32 and computed != torch.float32:
+        raise TypeError(
+            f"{label} has dtype {param.dtype}, whose state cannot be kept in state_bits={bits}; "
+            "expected float32, bfloat16 or float16, or a group of its own with state_bits=32"
+        )
+    if rounding != "nearest" and param.dtype in (torch.float16, torch.complex32):
+        raise TypeError(
+            f"{label} has dtype {param.dtype}, which weight_rounding={rounding!r} does not know; "
+            "expected bfloat16, or a group of its own with weight_rounding='nearest'"
+        )
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of the full moments of a parameter."""
+    return _WIDER.get(param.dtype, param.dtype)
+
+
+def state_bits(param: Tensor, group: dict[str, Any]) -> int:
+    """Return the bits in which the state of a parameter is kept."""
+    bits: int = group.get("state_bits", 32)
+    return 32 if bits == 8 and param.numel() < SMALLEST else bits
+
+
+def dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return those of the tensors of a state but for its count of steps, by key."""
+    bits = state_bits(param, group)
+    full = state_dtype(param)
+    kept = dict(zip(("exp_avg", "exp_inf"), _MOMENTS.get(bits, (full, full)), strict=True))
+    if bits != 32:
+        kept["exp_inf_scale"] = torch.float32
+    if group.get("weight_rounding") == "remainder" and param.dtype == torch.bfloat16:
+        kept["remainder"] = torch.int16
+    return kept
