@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamax_ext.torch.storage import BLOCK
+from adamax_ext.low_state import BLOCK
 from adamax_ext.torch.tensors import Variable
 
 

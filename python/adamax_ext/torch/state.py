@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamax_ext import low_state
 from adamax_ext.torch import storage
 from adamax_ext.torch.parts import is_distributed, parts_of
 from adamax_ext.torch.tensors import Variable
@@ -38,7 +39,7 @@ def _new(key: str, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> 
         return torch.ones(1, dtype=dtype, device=param.device)  # the same on all ranks
     if is_distributed(param):
         return parts_of(param).new_scales(param.device, dtype)
-    return torch.zeros(-(-param.numel() // storage.BLOCK), dtype=dtype, device=param.device)
+    return torch.zeros(-(-param.numel() // low_state.BLOCK), dtype=dtype, device=param.device)
 
 
 def loaded_state(

@@ -1,17 +1,15 @@
 """In what the options of a group keep its state, and the float32 weights of bfloat16 parameters."""
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adamax_ext import _settings, low_state
+
 # A group has all of these or, where they are as here, none: it then is one of torch's.
 DEFAULTS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
-SMALLEST = 4096  # elements of a parameter whose state can be in 8 bits
-BLOCK = 256  # elements that share a scale of a norm in 8 bits
 
-_ROUNDINGS = ("nearest", "stochastic", "remainder")
 _MOMENTS = {16: (torch.bfloat16, torch.bfloat16), 8: (torch.int8, torch.uint8)}
 # In which full state is kept, and the arithmetic done, where it is not the dtype of the parameter.
 _WIDER = {
@@ -34,15 +32,9 @@ def require_valid(group: dict[str, Any], index: int) -> None:
     `index` is the position of the group in the optimizer.
     """
     bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
-    if bits not in (32, *_MOMENTS):
-        raise ValueError(f"state_bits must be 32, 16 or 8; received {bits!r}")
-    if rounding not in _ROUNDINGS:
-        raise ValueError(
-            f"weight_rounding must be 'nearest', 'stochastic' or 'remainder'; received {rounding!r}"
-        )
-    is_integer = hasattr(seed, "__index__") and not isinstance(seed, bool)
-    if not is_integer or not 0 <= operator.index(seed) < 2**64:
-        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1; received {seed!r}")
+    _settings.one_of("state_bits", bits, low_state.BITS)
+    _settings.one_of("weight_rounding", rounding, low_state.ROUNDINGS)
+    _settings.integer("seed", seed, least=0, most=2**64 - 1)
     names = group.get("param_names")
     for i, param in enumerate(group["params"]):
         label = repr(names[i]) if names else f"params[{i}] of param_groups[{index}]"
@@ -72,8 +64,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def state_bits(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bits in which the state of a parameter is kept."""
-    bits: int = group.get("state_bits", 32)
-    return 32 if bits == 8 and param.numel() < SMALLEST else bits
+    return low_state.bits_of(group.get("state_bits", 32), param.numel())
 
 
 def dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
