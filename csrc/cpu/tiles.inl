@@ -77,28 +77,19 @@ struct Tile {
         accumulator(at<float>(memory.accumulator, begin)),
         remainder(at<std::int16_t>(memory.remainder, begin)) {}
 
-  [[gnu::always_inline]] void prefetch_ahead(std::int64_t bytes) const {
-    prefetch_tile(param, bytes);
-    prefetch_tile(grad, bytes);
-    prefetch_tile(momentum, bytes);
-    prefetch_tile(norm, bytes);
-    prefetch_tile(average, bytes);
-    prefetch_tile(accumulator, bytes);
-    prefetch_tile(remainder, bytes);
-  }
-
  private:
   template <class T, class Void>
   static T* at(Void* array, std::int64_t begin) {
     return array == nullptr ? nullptr : static_cast<T*>(array) + begin;
   }
-  template <class T>
-  [[gnu::always_inline]] static void prefetch_tile(const T* p, std::int64_t bytes) {
-    constexpr int kCacheLine = 64;
-    if (p == nullptr) return;
-    for (int i = 0; i < kStateBlock; i += kCacheLine / sizeof(T)) prefetch<F32>(p + i, bytes);
-  }
 };
+
+// What lies `ahead` bytes behind four vectors of an array: each loop asks for what it touches.
+template <class T>
+[[gnu::always_inline]] inline void prefetch_four(const T* p, std::int64_t ahead) {
+  constexpr int kCacheLine = 64;
+  for (int k = 0; k < 4 * F32::kLanes; k += kCacheLine / sizeof(T)) prefetch<F32>(p + k, ahead);
+}
 
 // Calls body(tile) with copies of the `count` elements that a tile has. The gradient of the others
 // is NaN, which the scale of a block does not count.
@@ -141,7 +132,6 @@ template <Storage storage, class Body>
   std::int64_t begin = slice.begin;
   for (; begin + kStateBlock <= slice.end; begin += kStateBlock) {
     const Tile<storage> tile(memory, begin);
-    tile.prefetch_ahead(slice.ahead);
     body(tile, begin);
   }
   if (begin < slice.end) {
@@ -158,6 +148,15 @@ template <Storage storage>
     return joined<F32>(F32::load_bits(&tile.param[i].bits), F32::load_bits(tile.remainder + i));
   } else {
     return F32::load(tile.param + i);
+  }
+}
+
+template <Storage storage>
+[[gnu::always_inline]] inline void prefetch_weights(const Tile<storage>& tile, int i,
+                                                    std::int64_t ahead) {
+  prefetch_four(tile.param + i, ahead);
+  if constexpr (storage.rounding == WeightRounding::kRemainder) {
+    prefetch_four(tile.remainder + i, ahead);
   }
 }
 
@@ -191,8 +190,10 @@ template <Storage storage>
 // Of the weights as they are stored, with their remainder. What an average overwrites is rounded to
 // nearest.
 template <Storage storage>
-void average_tile(const Tile<storage>& tile, const Scalars& scalars, const VectorScalars<F32>& s) {
+void average_tile(const Tile<storage>& tile, const Scalars& scalars, const VectorScalars<F32>& s,
+                  std::int64_t ahead) {
   for (int i = 0; i < kStateBlock; i += 4 * F32::kLanes) {
+    prefetch_four(tile.average + i, ahead);
     F32 averages[4];
     for (int k = 0; k < 4; ++k) {
       const int e = i + k * F32::kLanes;
@@ -210,7 +211,7 @@ inline void average_in_tiles(const Arrays& memory, const Scalars& scalars, const
                              WeightRounding::kRemainder};
   const VectorScalars<F32> s(scalars, 1.0);
   for_each_tile<kStorage>(memory, slice, [&](const Tile<kStorage>& tile, std::int64_t) {
-    average_tile(tile, scalars, s);
+    average_tile(tile, scalars, s, slice.ahead);
   });
 }
 
@@ -221,12 +222,14 @@ template <Storage storage>
 struct TileStep {
   VectorScalars<F32> s;
   const Scalars& scalars;
+  std::int64_t ahead;
   RandomWords<kStateBlock / 2> of_weights;
   RandomWords<kStateBlock / 4> of_momentum;
 
   TileStep(const Scalars& scalars, const Slice& slice)
       : s(scalars, slice.clip),
         scalars(scalars),
+        ahead(slice.ahead),
         of_weights({scalars.seed, scalars.step, slice.variable}, RandomStream::kWeights),
         of_momentum({scalars.seed, scalars.step, slice.variable}, RandomStream::kMomentum) {}
 
@@ -244,6 +247,7 @@ struct TileStep {
         if (s.unscales) h = h * s.grad_scale;
       }
       if (tile.accumulator != nullptr) {
+        prefetch<F32>(tile.accumulator + i, ahead);
         h = (F32::load(tile.accumulator + i) + h) * s.mean_scale;
         F32(0.0f).store(tile.accumulator + i);
       }
@@ -264,6 +268,10 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
   const V inverse(1.0f / next_variable_scale(scale, static_cast<float>(step.scalars.beta_2)));
   const auto* const drawn = step.of_momentum.template as<std::uint8_t>();
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_weights(tile, i, step.ahead);
+    prefetch_four(grad + i, step.ahead);
+    prefetch_four(tile.momentum + i, step.ahead);
+    prefetch_four(tile.norm + i, step.ahead);
     V w[4], m[4], u[4];
     for (int k = 0; k < 4; ++k) {
       const int e = i + k * V::kLanes;
@@ -313,17 +321,22 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
   alignas(64) float momentum[kStateBlock], norm[kStateBlock];
   const V old_scale(block_scale);
   V largest(0.0f);
-#pragma GCC unroll 4
-  for (int i = 0; i < kStateBlock; i += V::kLanes) {
-    const V h = V::load(grad + i);
-    const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
-    V u = decoded_norm(V::load_bits(tile.norm + i), old_scale);
-    V m = decoded_ratio<V>(V::load_bits(tile.momentum + i)) * divisor(u);
-    m = m + (h - m) * s.one_minus_beta_1;
-    u = larger_number(magnitude, u * s.beta_2);  // not a NaN of the gradient
-    m.store(momentum + i);
-    u.store(norm + i);
-    largest = larger_number(u, largest);
+  for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_four(grad + i, step.ahead);
+    prefetch_four(tile.momentum + i, step.ahead);
+    prefetch_four(tile.norm + i, step.ahead);
+    for (int k = 0; k < 4; ++k) {
+      const int e = i + k * V::kLanes;
+      const V h = V::load(grad + e);
+      const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
+      V u = decoded_norm(V::load_bits(tile.norm + e), old_scale);
+      V m = decoded_ratio<V>(V::load_bits(tile.momentum + e)) * divisor(u);
+      m = m + (h - m) * s.one_minus_beta_1;
+      u = larger_number(magnitude, u * s.beta_2);  // not a NaN of the gradient
+      m.store(momentum + e);
+      u.store(norm + e);
+      largest = larger_number(u, largest);
+    }
   }
 
   float most = largest_lane(largest);
@@ -347,6 +360,7 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     V::store_bytes(codes, tile.norm + i);
   }
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_weights(tile, i, step.ahead);
     V w[4];
     V::Bits codes[4];
     for (int k = 0; k < 4; ++k) {
@@ -398,6 +412,6 @@ void update_in_tiles(const Arrays& memory, const Scalars& scalars, const Slice& 
       step.prepare_gradients(tile, prepared);
       update_by_rule(tile, static_cast<const float*>(prepared), scale);
     }
-    if (tile.average != nullptr) average_tile(tile, scalars, step.s);
+    if (tile.average != nullptr) average_tile(tile, scalars, step.s, slice.ahead);
   });
 }
