@@ -2,8 +2,12 @@
 // rounded at random or keep a remainder.
 //
 // Included behind kernels.inl's loop over vectors. A tile is always whole: the last one of a
-// variable is worked on in a copy. What a rule does is asked for several vectors together, so that
-// a storage needs one loop, and not one for each rule.
+// variable is worked on in a copy. A step of a tile is update_elements(), or update_block() for 8
+// bits; gradients that need work get a pass of their own before, averages one behind.
+//
+// Note [Passes]: each goes over the tile in groups of four vectors, which share stores of 8 and 16
+// bits. What waits for what should be short in each: a processor looks a few hundred instructions
+// ahead, and should find other vectors there.
 
 // The words of one stream of random numbers, for a tile at a time.
 template <int count>
@@ -256,7 +260,7 @@ struct TileStep {
   }
 };
 
-// State in full or in 16 bits: an element has nothing to do with others. `scale` is that of a
+// State in full or in 16 bits: an element has nothing to do with others. `scale` is that of the
 // variable's norms.
 template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
 [[gnu::noinline]] void update_elements(Tile<storage> tile, const Grad* grad,
@@ -318,6 +322,7 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     return epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   };
 
+  // The moments as they move.
   alignas(64) float momentum[kStateBlock], norm[kStateBlock];
   const V old_scale(block_scale);
   V largest(0.0f);
@@ -339,6 +344,7 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     }
   }
 
+  // The scale of the block.
   float most = largest_lane(largest);
   if (!(most < kPoison)) {
     most = 0.0f;
@@ -346,19 +352,22 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
   }
   block_scale = next_block_scale(block_scale, most, beta_2);
 
+  // The norms as codes, and the ratios, which take the place of the first moments.
   const V new_scale(block_scale), inverse(inverse_scale(block_scale));
-  const auto* const drawn = step.of_momentum.template as<std::uint8_t>();
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
     V::Bits codes[4];
     for (int k = 0; k < 4; ++k) {
       const int e = i + k * V::kLanes;
       const V::Bits rounded = rounded_norm(V::load(norm + e), inverse);
       codes[k] = norm_code<V>(rounded);
-      const V ratio = V::load(momentum + e) / divisor(stored_norm(rounded, new_scale));
-      ratio.store(momentum + e);
+      const V u = stored_norm(rounded, new_scale);
+      (V::load(momentum + e) / divisor(u)).store(momentum + e);
     }
     V::store_bytes(codes, tile.norm + i);
   }
+
+  // The ratios as codes, and the weights.
+  const auto* const drawn = step.of_momentum.template as<std::uint8_t>();
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
     prefetch_weights(tile, i);
     V w[4];
