@@ -174,7 +174,7 @@ def test_memory_of_the_caller_is_never_taken_for_aligned(kernel):
         base = (memory[1] or "").removeprefix("%") if memory else None
         sse = "%xmm" in operands and not mnemonic.startswith("v")
         traps = ALIGNED_MOVE.fullmatch(mnemonic) or (sse and not SSE_UNALIGNED.fullmatch(mnemonic))
-        if "_in_tiles" in function:
+        if re.search("[Tt]ile", function):
             continue
         if memory and traps and base not in stack | {"rip"}:
             trapping.append((function, mnemonic, operands))

@@ -1,13 +1,17 @@
 """The program's bits on AArch64, and the choice of an instruction set, under QEMU."""
 
+import contextlib
+import functools
 import itertools
 import re
 import shutil
 import subprocess
+from unittest import mock
 
+import adamax_ext
 import numpy as np
 import pytest
-from support import reference
+from support import reference, reference_lowmem
 from support.bits import (
     assert_same_bits,
     compute_dtype,
@@ -19,6 +23,7 @@ from support.bits import (
     spread,
 )
 from support.building import build_and_install, run
+from support.low_memory import STORAGES, Twins, assert_same
 from support.processors import Processor, build_driver, tool
 from support.runs import AVERAGES, CLIPPINGS, DECAYS, MICRO_BATCHES, SCALES, SKIPPED, VARIABLES
 from support.runs import MixedReference as Reference
@@ -37,6 +42,7 @@ from support.steps import (
 HOSTILE_MODE = 1 << 24 | 1 << 19 | 3 << 22 | 1 << 25 | 1 << 26
 ISAS = ("scalar", "neon")
 VECTOR = 4  # floats
+every_storage = pytest.mark.parametrize("storage", STORAGES, ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,86 @@ def test_without_a_gradient_and_at_the_end(processor, param, grad, sizes):
         del arrays["accumulator"]
         processor.call([arrays], phase="finalize")
         assert_same_bits(arrays["param"], rounded(average, dtype_of(param)), f"final, {size}")
+
+
+# ---- State in fewer bits, and weights with their rounding ---------------------------------------
+
+
+@contextlib.contextmanager
+def stepping_on(processor, offset=0):
+    """What Twins asks the module for is done by the processor."""
+    update = functools.partial(processor.functional_update, offset=offset)
+    with mock.patch.object(adamax_ext, "update", update):
+        yield
+
+
+def some_gradient(rng, size):
+    """Return values of many magnitudes, and zeros."""
+    return spread(rng, size, np.float32, -12, 4) * (rng.random(size) > 0.2).astype(np.float32)
+
+
+@every_storage
+def test_few_bits_under_every_rule(processor, storage):
+    rng = np.random.default_rng(11)
+    changes = itertools.product(RULES, (None, 0.61), (1.0, 0.37))
+    with stepping_on(processor):
+        for number, (rule, clipvalue, grad_scale) in enumerate(changes):
+            settings = {**SETTINGS, **rule, "clipvalue": clipvalue, "grad_scale": grad_scale}
+            place = {"seed": 2**64 - 1 - number, "variable": 2**32 - 1 - number}
+            twins = Twins(rng, 515, storage, is_fresh=number % 2 == 0, **place)
+            for step in (1, 2, 7, 2**40):
+                twins.step(some_gradient(rng, 515), f"{step} of {settings}", step=step, **settings)
+
+
+@every_storage
+def test_few_bits_of_special_values(processor, storage):
+    rng = np.random.default_rng(12)
+    table = np.append(special_values(np.dtype(np.float32)), np.float32([1e30, 1e-30, 3e38, -3e38]))
+    with stepping_on(processor):
+        for rule in RULES:
+            twins = Twins(rng, 700, storage)
+            for step in range(1, 8):
+                gradient = some_gradient(rng, 700)
+                some = rng.random(700) < (0, 0.1, 1)[step % 3]
+                gradient[some] = rng.choice(table, some.sum())
+                twins.step(gradient, f"step {step} of {rule}", step=step, **SETTINGS, **rule)
+
+
+@every_storage
+def test_few_bits_of_every_length_at_every_address(processor, storage):
+    """The driver fails if anything around the arrays is written."""
+    rng = np.random.default_rng(13)
+    offsets = itertools.cycle(range(16))
+    for size in (*range(1, 36), *range(250, 262), 511, 512, 513, 1100, 4099):
+        first = int(rng.choice([0, 256, 2**33 - 512, 2**34 - 256, 2**52]))
+        twins = Twins(rng, size, storage, average=size % 2 == 0, first_element=first)
+        for step in (2, 3):
+            offset = next(offsets)
+            with stepping_on(processor, offset):
+                label = f"step {step} of {size} from element {first} at {offset}"
+                twins.step(some_gradient(rng, size), label, step=step, **SETTINGS)
+
+
+@pytest.mark.parametrize("epsilon_mode", ["outside", "inside"])
+@pytest.mark.parametrize("storage", [s for s in STORAGES if s[1] == "float32"], ids=str)
+def test_few_bits_of_accumulated_gradients_and_averages(processor, storage, epsilon_mode):
+    """Half of twice a gradient is the gradient; an average overwrites weights to nearest."""
+    rng = np.random.default_rng(14)
+    settings = {**SETTINGS, "epsilon_mode": epsilon_mode, "step": 3, "weight_rounding": storage[3]}
+    for size in (3, 300, 1100):
+        gradient = some_gradient(rng, size)
+        plain = Twins(rng, size, storage).buffers
+        other = {name: array.copy() for name, array in plain.items()}
+        other["accumulator"] = 2 * gradient
+        processor.call([{**plain, "grad": gradient}], **settings)
+        processor.call([other], accumulated=[0], micro_batches=2, overwrite=True, **settings)
+        expected = {**plain, "accumulator": np.zeros_like(gradient)}
+        expected["param"] = rounded(plain["average"], plain["param"].dtype)
+        if "remainder" in plain:
+            halves, expected["remainder"] = reference_lowmem.bf16_split(plain["average"])
+            expected["param"] = halves.view(plain["param"].dtype)
+        for name, array in other.items():
+            assert_same(array, expected[name], f"{name} of {size}")
 
 
 # ---- 16 bits -------------------------------------------------------------------------------------

@@ -43,16 +43,6 @@ ADAMAX_HOST_DEVICE V decoded_norm(BitsOf<V> code, V scale) {
   return V::from_bits((code + kNormBase) << kCodeShift) * scale;
 }
 
-// The second where the first is NaN.
-template <class V>
-ADAMAX_HOST_DEVICE V larger_number(V a, V b) {
-  return V(a.v > b.v ? a.v : b.v);
-}
-template <class V>
-ADAMAX_HOST_DEVICE V smaller_number(V a, V b) {
-  return V(a.v < b.v ? a.v : b.v);
-}
-
 // The code has its sign extended.
 template <class V>
 ADAMAX_HOST_DEVICE V decoded_ratio(BitsOf<V> code) {
@@ -105,9 +95,7 @@ ADAMAX_HOST_DEVICE BitsOf<V> ratio_code(V ratio, BitsOf<V> drawn) {
   // The byte stands at the top of the bits that are dropped, and in the middle of what it may be.
   const BitsOf<V> dither =
       (drawn << (kCodeShift - 8)) + ((1u << (kCodeShift - 9)) - kRatioOffsetBits);
-  const BitsOf<V> magnitude = ((abs(ratio) + V(kRatioOffset)).bits() + dither) >> kCodeShift;
-  const auto sign = V::ints(ratio.bits()) >> 31;
-  return V::unsigned_bits((V::ints(magnitude) ^ sign) - sign);
+  return V::with_sign_of(ratio, ((abs(ratio) + V(kRatioOffset)).bits() + dither) >> kCodeShift);
 }
 
 }  // namespace adamax

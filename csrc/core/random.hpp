@@ -47,10 +47,12 @@ ADAMAX_HOST_DEVICE RandomKeys random_keys(const RandomSource& source, RandomStre
   return stream == RandomStream::kWeights ? RandomKeys{c[0], c[1]} : RandomKeys{c[2], c[3]};
 }
 
-// `Bits` is a std::uint32_t or a vector of them.
+// By which the Weyl sequence grows from word to word.
+constexpr std::uint32_t kWeylStep = 0x9e3779b9;
+
+// `Bits` is a std::uint32_t or a vector of them; `x` what the Weyl sequence is at the word.
 template <class Bits>
-ADAMAX_HOST_DEVICE Bits random_words(Bits index, const RandomKeys& keys) {
-  Bits x = index * 0x9e3779b9u + keys.add;
+ADAMAX_HOST_DEVICE Bits scrambled(Bits x, const RandomKeys& keys) {
   x ^= x >> 17;
   x *= 0xed5ad4bbu;
   x ^= x >> 11;
@@ -60,6 +62,11 @@ ADAMAX_HOST_DEVICE Bits random_words(Bits index, const RandomKeys& keys) {
   x *= 0x31848babu;
   x ^= x >> 14;
   return x;
+}
+
+template <class Bits>
+ADAMAX_HOST_DEVICE Bits random_words(Bits index, const RandomKeys& keys) {
+  return scrambled(index * kWeylStep + keys.add, keys);
 }
 
 }  // namespace adamax

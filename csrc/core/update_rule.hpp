@@ -55,13 +55,10 @@ ADAMAX_HOST_DEVICE V decayed(V w, DecayRule decay, const VectorScalars<V>& s) {
   return decay == DecayRule::kDecoupled ? w - w * s.decay : w;
 }
 
-// `h` is the gradient after unscaling and averaging over micro-batches.
+// From there on: with `h` limited and `w` decayed.
 template <class V>
-ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRule epsilon,
-                               const VectorScalars<V>& s) {
-  h = limited(h, w, decay, s);
-  w = decayed(w, decay, s);
-
+ADAMAX_HOST_DEVICE void update_limited(V& w, V h, V& m, V& u, EpsilonRule epsilon,
+                                       const VectorScalars<V>& s) {
   const V tiny(kTiny<typename V::Scalar>);
   const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
   m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
@@ -71,6 +68,15 @@ ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRu
 
   const V denominator = epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   w = w - (s.rate * m) / denominator;
+}
+
+// `h` is the gradient after unscaling and averaging over micro-batches.
+template <class V>
+ADAMAX_HOST_DEVICE void update(V& w, V h, V& m, V& u, DecayRule decay, EpsilonRule epsilon,
+                               const VectorScalars<V>& s) {
+  h = limited(h, w, decay, s);
+  w = decayed(w, decay, s);
+  update_limited(w, h, m, u, epsilon, s);
 }
 
 // The exponential moving average of the weights; `overwrite` in a loop stores it over them.

@@ -95,6 +95,9 @@ struct Vec {
   ADAMAX_HOST_DEVICE static Bits unsigned_bits(std::int32_t ints) {
     return static_cast<Bits>(ints);
   }
+  ADAMAX_HOST_DEVICE static Bits with_sign_of(Vec sign, Bits bits) {
+    return ints(sign.bits()) < 0 ? 0 - bits : bits;
+  }
   // 0, 1, 2, ...
   ADAMAX_HOST_DEVICE static Bits counted() { return 0; }
   // Integers of 8, 16 or 32 bits; the sign of a signed one is extended.
@@ -109,7 +112,12 @@ struct Vec {
     const S stored = static_cast<S>(bits);
     __builtin_memcpy(p, &stored, sizeof(S));
   }
-  // Four vectors of signed integers as bytes; what those have no room for becomes the largest.
+  // Four vectors, which some processors store more cheaply together.
+  template <class S>
+  ADAMAX_HOST_DEVICE static void store_halves(const Bits (&bits)[4], S* p) {
+    for (int k = 0; k < 4; ++k) store_bits(bits[k], p + k);
+  }
+  // Signed integers as bytes; what those have no room for becomes the largest.
   template <class S>
   ADAMAX_HOST_DEVICE static void store_bytes(const Bits (&bits)[4], S* p) {
     constexpr std::int32_t kMost = static_cast<S>(-1) < 0 ? 127 : 255;
@@ -147,6 +155,9 @@ struct Vec {
   friend ADAMAX_HOST_DEVICE Vec maximum(Vec a, Vec b) {
     return Vec(a.v > b.v || a.v != a.v ? a.v : b.v);
   }
+  // `b` if either is NaN.
+  friend ADAMAX_HOST_DEVICE Vec larger_number(Vec a, Vec b) { return a.v > b.v ? a : b; }
+  friend ADAMAX_HOST_DEVICE Vec smaller_number(Vec a, Vec b) { return a.v < b.v ? a : b; }
   friend ADAMAX_HOST_DEVICE Vec clamp(Vec a, Vec limit) {
     return Vec(a.v < -limit.v ? -limit.v : a.v > limit.v ? limit.v : a.v);
   }

@@ -1,6 +1,7 @@
 // The kernels with 8 floats or 4 doubles at a time.
 #include <immintrin.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "core/low_state.hpp"
@@ -24,6 +25,9 @@ inline Floats larger(Floats a, Floats b) {
 inline Doubles larger(Doubles a, Doubles b) {
   return _mm256_blendv_pd(_mm256_max_pd(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
 }
+
+inline Floats larger_number(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats smaller_number(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 
 inline Floats from_float16(Words x) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(x)); }
 inline Words to_float16(Floats x) {
@@ -49,6 +53,11 @@ inline Words truncated(FloatBits x) {
   return reinterpret_cast<Words>(
       _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+inline TwoWords truncated(FloatBits a, FloatBits b) {
+  const __m256i runs =
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  return reinterpret_cast<TwoWords>(_mm256_permute4x64_epi64(runs, _MM_SHUFFLE(3, 1, 2, 0)));
+}
 
 // Packing works in halves of a register: four runs of 4 from each vector, of which the first halves
 // come first.
@@ -65,6 +74,11 @@ inline FourBytes limited_to_bytes(const FloatInts (&x)[4]) {
 inline FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]) {
   return reinterpret_cast<FourSignedBytes>(
       in_order(_mm256_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+}
+
+inline FloatInts negated_with(Floats sign, FloatInts x) {
+  return reinterpret_cast<FloatInts>(
+      _mm256_sign_epi32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(sign)));
 }
 
 inline Doubles lower_half(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }

@@ -1,6 +1,7 @@
 // The kernels with 16 floats or 8 doubles at a time.
 #include <immintrin.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "core/low_state.hpp"
@@ -25,6 +26,9 @@ inline Doubles larger(Doubles a, Doubles b) {
   return _mm512_mask_max_pd(a, _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a, b);
 }
 
+inline Floats larger_number(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats smaller_number(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+
 inline Floats from_float16(Words x) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(x)); }
 inline Words to_float16(Floats x) {
   return reinterpret_cast<Words>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -45,6 +49,12 @@ inline FloatInts extended(SignedBytes x) {
 inline Words truncated(FloatBits x) {
   return reinterpret_cast<Words>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
 }
+inline TwoWords truncated(FloatBits a, FloatBits b) {
+  const __m512i runs =
+      _mm512_packus_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  return reinterpret_cast<TwoWords>(
+      _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), runs));
+}
 
 // Packing works in quarters of a register: runs of 4, of which those of one vector lie 4 apart.
 inline __m512i words(FloatInts a, FloatInts b) {
@@ -61,6 +71,13 @@ inline FourBytes limited_to_bytes(const FloatInts (&x)[4]) {
 inline FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]) {
   return reinterpret_cast<FourSignedBytes>(
       in_order(_mm512_packs_epi16(words(x[0], x[1]), words(x[2], x[3]))));
+}
+
+inline FloatInts negated_with(Floats sign, FloatInts x) {
+  const __mmask16 is_negative = _mm512_movepi32_mask(reinterpret_cast<__m512i>(sign));
+  const auto words = reinterpret_cast<__m512i>(x);
+  return reinterpret_cast<FloatInts>(
+      _mm512_mask_sub_epi32(words, is_negative, _mm512_setzero_si512(), words));
 }
 
 inline Doubles lower_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }

@@ -1,4 +1,5 @@
 // The kernels with one element at a time, for any processor.
+#include <type_traits>
 #include <utility>
 
 #include "core/low_state.hpp"

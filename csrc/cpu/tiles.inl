@@ -2,8 +2,12 @@
 // rounded at random or keep a remainder.
 //
 // Included behind kernels.inl's loop over vectors. A tile is always whole: the last one of a
-// variable is worked on in a copy. What a rule does is asked for several vectors together, so that
-// a storage needs one loop, and not one for each rule.
+// variable is worked on in a copy. A step of a tile is update_elements(), or update_block() for 8
+// bits; gradients that need work get a pass of their own before, averages one behind.
+//
+// Note [Passes]: each goes over the tile in groups of four vectors, which share stores of 8 and 16
+// bits. What waits for what should be short in each: a processor looks a few hundred instructions
+// ahead, and should find other vectors there.
 
 // The words of one stream of random numbers, for a tile at a time.
 template <int count>
@@ -17,9 +21,10 @@ class RandomWords {
       slab_ = slab;
       keys_ = random_keys(source_, stream_, static_cast<std::uint32_t>(slab));
     }
-    const F32::Bits begin = F32::counted() + static_cast<std::uint32_t>(first);
+    F32::Bits x = (F32::counted() + static_cast<std::uint32_t>(first)) * kWeylStep + keys_.add;
     for (int k = 0; k < count; k += F32::kLanes) {
-      F32::store_bits(random_words(begin + static_cast<std::uint32_t>(k), keys_), words_ + k);
+      F32::store_bits(scrambled(x, keys_), words_ + k);
+      x += F32::kLanes * kWeylStep;
     }
   }
   // As the numbers that they are made of, in the order of the elements.
@@ -76,28 +81,23 @@ struct Tile {
         accumulator(at<float>(memory.accumulator, begin)),
         remainder(at<std::int16_t>(memory.remainder, begin)) {}
 
-  [[gnu::always_inline]] void prefetch_ahead(std::int64_t bytes) const {
-    prefetch_tile(param, bytes);
-    prefetch_tile(grad, bytes);
-    prefetch_tile(momentum, bytes);
-    prefetch_tile(norm, bytes);
-    prefetch_tile(average, bytes);
-    prefetch_tile(accumulator, bytes);
-    prefetch_tile(remainder, bytes);
-  }
-
  private:
   template <class T, class Void>
   static T* at(Void* array, std::int64_t begin) {
     return array == nullptr ? nullptr : static_cast<T*>(array) + begin;
   }
-  template <class T>
-  [[gnu::always_inline]] static void prefetch_tile(const T* p, std::int64_t bytes) {
-    constexpr int kCacheLine = 64;
-    if (p == nullptr) return;
-    for (int i = 0; i < kStateBlock; i += kCacheLine / sizeof(T)) prefetch<F32>(p + i, bytes);
-  }
 };
+
+// What lies behind four vectors of an array (Note [Prefetch]): each loop asks for what it touches,
+// as it goes. Asked for all at once, the lines of a tile are more than a core can wait for. So far
+// ahead in caches, too, where these loops, longer than the others, never lost by it.
+template <class T>
+[[gnu::always_inline]] inline void prefetch_four(const T* p) {
+  constexpr int kCacheLine = 64;
+  for (int k = 0; k < 4 * F32::kLanes; k += kCacheLine / sizeof(T)) {
+    prefetch<F32>(p + k, kAheadInMemory);
+  }
+}
 
 // Calls body(tile) with copies of the `count` elements that a tile has. The gradient of the others
 // is NaN, which the scale of a block does not count.
@@ -108,36 +108,47 @@ void with_copies(const Arrays& memory, std::int64_t begin, std::int64_t count, c
     void* original;
     std::size_t itemsize;
     alignas(64) unsigned char copy[kStateBlock * sizeof(float)];
-  } arrays[] = {
-      {tile.param, sizeof(*tile.param), {}},
-      {const_cast<typename Tile<storage>::Grad*>(tile.grad), sizeof(*tile.grad), {}},
-      {tile.momentum, sizeof(*tile.momentum), {}},
-      {tile.norm, sizeof(*tile.norm), {}},
-      {tile.average, sizeof(*tile.average), {}},
-      {tile.accumulator, sizeof(*tile.accumulator), {}},
-      {tile.remainder, sizeof(*tile.remainder), {}},
+  } arrays[7];  // not initialized: most variables have fewer
+  const auto copy_of = [&](int i, auto* original, int others) -> void* {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(original)>>;
+    Array& array = arrays[i];
+    array.original = const_cast<T*>(original);
+    array.itemsize = sizeof(T);
+    if (original == nullptr) return nullptr;
+    __builtin_memset(array.copy, others, kStateBlock * sizeof(T));
+    return __builtin_memcpy(array.copy, original, count * sizeof(T));
   };
-  constexpr int kGrad = 1, kAccumulator = 5;
-  for (const int gradient : {kGrad, kAccumulator}) {
-    __builtin_memset(arrays[gradient].copy, 0xff, sizeof(Array::copy));
-  }
-  const auto copy_or_null = [&](int i) -> void* {
-    if (arrays[i].original == nullptr) return nullptr;
-    return __builtin_memcpy(arrays[i].copy, arrays[i].original, count * arrays[i].itemsize);
-  };
-  const Arrays copies{.param = copy_or_null(0),
-                      .grad = copy_or_null(kGrad),
-                      .momentum = copy_or_null(2),
-                      .norm = copy_or_null(3),
-                      .average = copy_or_null(4),
-                      .accumulator = copy_or_null(kAccumulator),
-                      .remainder = copy_or_null(6)};
+  constexpr int kZero = 0, kNaN = 0xff;
+  const Arrays copies{.param = copy_of(0, tile.param, kZero),
+                      .grad = copy_of(1, tile.grad, kNaN),
+                      .momentum = copy_of(2, tile.momentum, kZero),
+                      .norm = copy_of(3, tile.norm, kZero),
+                      .average = copy_of(4, tile.average, kZero),
+                      .accumulator = copy_of(5, tile.accumulator, kNaN),
+                      .remainder = copy_of(6, tile.remainder, kZero)};
   body(Tile<storage>(copies, 0));
   for (Array& array : arrays) {
-    if (array.original == nullptr || &array == &arrays[kGrad]) continue;
+    if (array.original == nullptr || array.original == tile.grad) continue;
     __builtin_memcpy(array.original, array.copy, count * array.itemsize);
   }
 }
+
+// Calls body(tile, begin) for the tiles of a slice.
+template <Storage storage, class Body>
+[[gnu::always_inline]] inline void for_each_tile(const Arrays& memory, const Slice& slice,
+                                                 const Body& body) {
+  std::int64_t begin = slice.begin;
+  for (; begin + kStateBlock <= slice.end; begin += kStateBlock) {
+    const Tile<storage> tile(memory, begin);
+    body(tile, begin);
+  }
+  if (begin < slice.end) {
+    with_copies<storage>(memory, begin, slice.end - begin,
+                         [&](const Tile<storage>& tile) { body(tile, begin); });
+  }
+}
+
+// ---- Weights ------------------------------------------------------------------------------------
 
 template <Storage storage>
 [[gnu::always_inline]] inline F32 load_weight(const Tile<storage>& tile, int i) {
@@ -147,25 +158,148 @@ template <Storage storage>
     return F32::load(tile.param + i);
   }
 }
+
 template <Storage storage>
-[[gnu::always_inline]] inline void store_with_remainder(F32 w, const Tile<storage>& tile, int i) {
-  F32::store_bits(half_nearest_away(w), &tile.param[i].bits);
-  F32::store_bits(remainder_of(w), reinterpret_cast<std::uint16_t*>(tile.remainder + i));
+[[gnu::always_inline]] inline void prefetch_weights(const Tile<storage>& tile, int i) {
+  prefetch_four(tile.param + i);
+  if constexpr (storage.rounding == WeightRounding::kRemainder) {
+    prefetch_four(tile.remainder + i);
+  }
 }
 
-// Calls body(tile, begin) for the tiles of a slice.
-template <Storage storage, class Body>
-[[gnu::always_inline]] inline void for_each_tile(const Arrays& memory, const Slice& slice,
-                                                 const Body& body) {
-  for (std::int64_t begin = slice.begin; begin < slice.end; begin += kStateBlock) {
-    if (begin + kStateBlock <= slice.end) {
-      const Tile<storage> tile(memory, begin);
-      tile.prefetch_ahead(slice.ahead);
-      body(tile, begin);
-    } else {
-      with_copies<storage>(memory, begin, slice.end - begin,
-                           [&](const Tile<storage>& tile) { body(tile, begin); });
+// Four vectors. `drawn` are the random numbers of a tile, or null: to the nearest, as an average is
+// that overwrites the weights.
+template <Storage storage>
+[[gnu::always_inline]] inline void store_weights(const F32 (&w)[4], const Tile<storage>& tile,
+                                                 int i, const std::uint16_t* drawn) {
+  if constexpr (storage.rounding == WeightRounding::kRemainder) {
+    F32::Bits halves[4], remainders[4];
+    for (int k = 0; k < 4; ++k) {
+      halves[k] = half_nearest_away(w[k]);
+      remainders[k] = remainder_of(w[k]);
     }
+    F32::store_halves(halves, &tile.param[i].bits);
+    F32::store_halves(remainders, reinterpret_cast<std::uint16_t*>(tile.remainder + i));
+    return;
+  }
+  if constexpr (storage.rounding == WeightRounding::kStochastic) {
+    if (drawn != nullptr) {
+      F32::Bits halves[4];
+      for (int k = 0; k < 4; ++k) {
+        halves[k] = half_at_random(w[k], F32::load_bits(drawn + i + k * F32::kLanes));
+      }
+      return F32::store_halves(halves, &tile.param[i].bits);
+    }
+  }
+  for (int k = 0; k < 4; ++k) w[k].store(tile.param + i + k * F32::kLanes);
+}
+
+// Of the weights as they are stored, with their remainder. What an average overwrites is rounded to
+// nearest.
+template <Storage storage>
+void average_tile(const Tile<storage>& tile, const Scalars& scalars, const VectorScalars<F32>& s) {
+  for (int i = 0; i < kStateBlock; i += 4 * F32::kLanes) {
+    prefetch_four(tile.average + i);
+    F32 averages[4];
+    for (int k = 0; k < 4; ++k) {
+      const int e = i + k * F32::kLanes;
+      averages[k] = F32::load(tile.average + e);
+      update_average(averages[k], load_weight(tile, e), scalars.average_mode, s);
+      averages[k].store(tile.average + e);
+    }
+    if (scalars.overwrite) store_weights(averages, tile, i, nullptr);
+  }
+}
+
+// The average alone, of weights with a remainder.
+inline void average_in_tiles(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
+  constexpr Storage kStorage{DType::kBFloat16, DType::kBFloat16, StateFormat::kFull,
+                             WeightRounding::kRemainder};
+  const VectorScalars<F32> s(scalars, 1.0);
+  for_each_tile<kStorage>(memory, slice, [&](const Tile<kStorage>& tile, std::int64_t) {
+    average_tile(tile, scalars, s);
+  });
+}
+
+// ---- One step of a tile -------------------------------------------------------------------------
+
+// What the tiles of a variable have in common.
+template <Storage storage>
+struct TileStep {
+  VectorScalars<F32> s;
+  const Scalars& scalars;
+  RandomWords<kStateBlock / 2> of_weights;
+  RandomWords<kStateBlock / 4> of_momentum;
+
+  TileStep(const Scalars& scalars, const Slice& slice)
+      : s(scalars, slice.clip),
+        scalars(scalars),
+        of_weights({scalars.seed, scalars.step, slice.variable}, RandomStream::kWeights),
+        of_momentum({scalars.seed, scalars.step, slice.variable}, RandomStream::kMomentum) {}
+
+  // Whether the gradients of a tile are what moves the moments.
+  bool takes_gradients_as_they_are(const Tile<storage>& tile) const {
+    return tile.grad != nullptr && tile.accumulator == nullptr && !s.unscales && !s.clips &&
+           scalars.decay_rule != DecayRule::kL2;
+  }
+  // What moves the moments, if they are not.
+  void prepare_gradients(const Tile<storage>& tile, float* prepared) const {
+    for (int i = 0; i < kStateBlock; i += F32::kLanes) {
+      F32 h(0.0f);
+      if (tile.grad != nullptr) {
+        h = F32::load(tile.grad + i);
+        if (s.unscales) h = h * s.grad_scale;
+      }
+      if (tile.accumulator != nullptr) {
+        prefetch<F32>(tile.accumulator + i, kAheadInMemory);
+        h = (F32::load(tile.accumulator + i) + h) * s.mean_scale;
+        F32(0.0f).store(tile.accumulator + i);
+      }
+      limited(h, load_weight(tile, i), scalars.decay_rule, s).store(prepared + i);
+    }
+  }
+};
+
+// State in full or in 16 bits: an element has nothing to do with others. `scale` is that of the
+// variable's norms.
+template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
+[[gnu::noinline]] void update_elements(Tile<storage> tile, const Grad* grad,
+                                       const TileStep<storage>& step, float scale) {
+  using V = F32;
+  constexpr bool kSmall = storage.state == StateFormat::k16Bits;
+  const VectorScalars<V> s = step.s;
+  const V old_scale(scale);
+  const V inverse(1.0f / next_variable_scale(scale, static_cast<float>(step.scalars.beta_2)));
+  const auto* const drawn = step.of_momentum.template as<std::uint8_t>();
+  for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_weights(tile, i);
+    prefetch_four(grad + i);
+    prefetch_four(tile.momentum + i);
+    prefetch_four(tile.norm + i);
+    V w[4], m[4], u[4];
+    for (int k = 0; k < 4; ++k) {
+      const int e = i + k * V::kLanes;
+      w[k] = decayed(load_weight(tile, e), decay, s);
+      m[k] = V::load(tile.momentum + e);
+      u[k] = V::load(tile.norm + e);
+      if constexpr (kSmall) u[k] = u[k] * old_scale;
+      update_limited(w[k], V::load(grad + e), m[k], u[k], epsilon, s);
+    }
+    if constexpr (kSmall) {
+      V::Bits halves[4];
+      for (int k = 0; k < 4; ++k) {
+        halves[k] = half_at_random(m[k], (V::load_bits(drawn + i + k * V::kLanes) << 8) + 128u);
+      }
+      V::store_halves(halves, &tile.momentum[i].bits);
+      for (int k = 0; k < 4; ++k) halves[k] = half_nearest_away(u[k] * inverse);
+      V::store_halves(halves, &tile.norm[i].bits);
+    } else {
+      for (int k = 0; k < 4; ++k) {
+        m[k].store(tile.momentum + i + k * V::kLanes);
+        u[k].store(tile.norm + i + k * V::kLanes);
+      }
+    }
+    store_weights(w, tile, i, step.of_weights.template as<std::uint16_t>());
   }
 }
 
@@ -176,189 +310,117 @@ inline float largest_lane(F32 vector) {
   return largest;
 }
 
-template <Storage storage>
-void update_in_tiles(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
+// State in 8 bits: a norm is rounded to its code, for which its block is looked at, before it
+// divides. What is stored is what steps.
+template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
+[[gnu::noinline]] void update_block(Tile<storage> tile, const Grad* grad,
+                                    const TileStep<storage>& step, float& block_scale) {
   using V = F32;
-  using Bits = V::Bits;
-  constexpr StateFormat state = storage.state;
-  constexpr WeightRounding rounding = storage.rounding;
-  constexpr int kFour = 4 * V::kLanes;
-  const VectorScalars<V> s(scalars, slice.clip);
-  const DecayRule decay = scalars.decay_rule;
-  const EpsilonRule epsilon = scalars.epsilon_rule;
-  const float beta_2 = static_cast<float>(scalars.beta_2);
-  const RandomSource source{scalars.seed, scalars.step, slice.variable};
-  RandomWords<kStateBlock / 2> of_weights(source, RandomStream::kWeights);
-  RandomWords<kStateBlock / 4> of_momentum(source, RandomStream::kMomentum);
-  const auto drawn_for_momentum = [&](int i) __attribute__((always_inline)) {
-    return V::load_bits(of_momentum.template as<std::uint8_t>() + i);
+  const VectorScalars<V> s = step.s;
+  const float beta_2 = static_cast<float>(step.scalars.beta_2);
+  const auto divisor = [&](V u) __attribute__((always_inline)) {
+    return epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
   };
 
-  const auto load_gradients = [&](const Tile<storage>& tile, int i,
-                                  V(&h)[4]) __attribute__((always_inline)) {
-    if (tile.grad != nullptr) {
-      for (int k = 0; k < 4; ++k) h[k] = V::load(tile.grad + i + k * V::kLanes);
-      if (s.unscales) {
-        for (int k = 0; k < 4; ++k) h[k] = h[k] * s.grad_scale;
-      }
-    } else {
-      for (int k = 0; k < 4; ++k) h[k] = V(0.0f);
-    }
-    if (tile.accumulator != nullptr) {
-      for (int k = 0; k < 4; ++k) {
-        float* const accumulator = tile.accumulator + i + k * V::kLanes;
-        h[k] = (V::load(accumulator) + h[k]) * s.mean_scale;
-        V(0.0f).store(accumulator);
-      }
-    }
-  };
-  const auto store_weights = [&](V(&w)[4], const Tile<storage>& tile,
-                                 int i) __attribute__((always_inline)) {
-    [[maybe_unused]] Bits halves[4];
-    if constexpr (rounding == WeightRounding::kStochastic) {
-      for (int k = 0; k < 4; ++k) {
-        const auto* const drawn = of_weights.template as<std::uint16_t>();
-        halves[k] = half_at_random(w[k], V::load_bits(drawn + i + k * V::kLanes));
-      }
-    }
-    if (tile.average != nullptr) {
-      // Of the weight as it is stored, with its remainder. What it overwrites is rounded to
-      // nearest.
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (rounding == WeightRounding::kNearest) w[k] = w[k].rounded_to(tile.param);
-        if constexpr (rounding == WeightRounding::kStochastic) w[k] = V::from_bits(halves[k] << 16);
-        float* const averages = tile.average + i + k * V::kLanes;
-        V average = V::load(averages);
-        update_average(average, w[k], scalars.average_mode, s);
-        average.store(averages);
-        if (scalars.overwrite) {
-          w[k] = average;
-          if constexpr (rounding == WeightRounding::kStochastic) {
-            halves[k] = average.rounded_to(tile.param).bits() >> 16;
-          }
-        }
-      }
-    }
+  // The moments as they move.
+  alignas(64) float momentum[kStateBlock], norm[kStateBlock];
+  const V old_scale(block_scale);
+  V largest(0.0f);
+  for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_four(grad + i);
+    prefetch_four(tile.momentum + i);
+    prefetch_four(tile.norm + i);
     for (int k = 0; k < 4; ++k) {
-      auto* const param = tile.param + i + k * V::kLanes;
-      if constexpr (rounding == WeightRounding::kNearest) w[k].store(param);
-      if constexpr (rounding == WeightRounding::kStochastic) V::store_bits(halves[k], &param->bits);
-      if constexpr (rounding == WeightRounding::kRemainder) {
-        store_with_remainder(w[k], tile, i + k * V::kLanes);
-      }
+      const int e = i + k * V::kLanes;
+      const V h = V::load(grad + e);
+      const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
+      V u = decoded_norm(V::load_bits(tile.norm + e), old_scale);
+      V m = decoded_ratio<V>(V::load_bits(tile.momentum + e)) * divisor(u);
+      m = m + (h - m) * s.one_minus_beta_1;
+      u = larger_number(magnitude, u * s.beta_2);  // not a NaN of the gradient
+      m.store(momentum + e);
+      u.store(norm + e);
+      largest = larger_number(u, largest);
     }
-  };
+  }
 
-  // State that is read, and stored, without a look at other elements.
-  const float scale = state == StateFormat::k16Bits ? *memory.norm_scale : 1.0f;
-  const V old_scale(scale), inverse(1.0f / next_variable_scale(scale, beta_2));
-  const auto update_elements = [&](const auto& tile) __attribute__((always_inline)) {
-    for (int i = 0; i < kStateBlock; i += kFour) {
-      V h[4], w[4];
-      load_gradients(tile, i, h);
-      for (int k = 0; k < 4; ++k) {
-        const int e = i + k * V::kLanes;
-        w[k] = load_weight(tile, e);
-        V m = V::load(tile.momentum + e), u = V::load(tile.norm + e);
-        if constexpr (state == StateFormat::k16Bits) u = u * old_scale;
-        update(w[k], h[k], m, u, decay, epsilon, s);
-        if constexpr (state == StateFormat::k16Bits) {
-          const Bits drawn = (drawn_for_momentum(e) << 8) + 128u;
-          V::store_bits(half_at_random(m, drawn), &tile.momentum[e].bits);
-          V::store_bits(half_nearest_away(u * inverse), &tile.norm[e].bits);
-        } else {
-          m.store(tile.momentum + e);
-          u.store(tile.norm + e);
-        }
-      }
-      store_weights(w, tile, i);
-    }
-  };
+  // The scale of the block.
+  float most = largest_lane(largest);
+  if (!(most < kPoison)) {
+    most = 0.0f;
+    for (const float u : norm) most = u < kPoison && u > most ? u : most;
+  }
+  block_scale = next_block_scale(block_scale, most, beta_2);
 
-  // State in 8 bits: a norm is rounded to its code, for which its block is looked at, before it
-  // divides. What is stored is what steps.
-  const bool is_inside = epsilon == EpsilonRule::kInside;
-  const V epsilon_inside = is_inside ? s.epsilon : V(0.0f);
-  const V epsilon_outside = is_inside ? V(0.0f) : s.epsilon;
-  const auto update_block = [&](const auto& tile,
-                                float& block_scale) __attribute__((always_inline)) {
-    alignas(64) float momentum[kStateBlock], norm[kStateBlock];
-    const V old_scale(block_scale);
-    V largest(0.0f);
-    for (int i = 0; i < kStateBlock; i += kFour) {
-      V h[4];
-      load_gradients(tile, i, h);
-      if (s.clips || decay == DecayRule::kL2) {
-        for (int k = 0; k < 4; ++k) {
-          h[k] = limited(h[k], load_weight(tile, i + k * V::kLanes), decay, s);
-        }
-      }
-      for (int k = 0; k < 4; ++k) {
-        const int e = i + k * V::kLanes;
-        V u = decoded_norm(V::load_bits(tile.norm + e), old_scale);
-        V m = decoded_ratio<V>(V::load_bits(tile.momentum + e)) * (u + epsilon_outside);
-        m = m + (h[k] - m) * s.one_minus_beta_1;
-        u = larger_number(abs(h[k]) + epsilon_inside, u * s.beta_2);  // not a NaN of the gradient
-        m.store(momentum + e);
-        u.store(norm + e);
-        largest = larger_number(u, largest);
-      }
+  // The norms as codes, and the ratios, which take the place of the first moments.
+  const V new_scale(block_scale), inverse(inverse_scale(block_scale));
+  for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    V::Bits codes[4];
+    for (int k = 0; k < 4; ++k) {
+      const int e = i + k * V::kLanes;
+      const V::Bits rounded = rounded_norm(V::load(norm + e), inverse);
+      codes[k] = norm_code<V>(rounded);
+      const V u = stored_norm(rounded, new_scale);
+      (V::load(momentum + e) / divisor(u)).store(momentum + e);
     }
-    float most = largest_lane(largest);
-    if (!(most < kPoison)) {
-      most = 0.0f;
-      for (const float u : norm) most = u < kPoison && u > most ? u : most;
-    }
-    block_scale = next_block_scale(block_scale, most, beta_2);
-    const V new_scale(block_scale), inverse(inverse_scale(block_scale));
-    for (int i = 0; i < kStateBlock; i += kFour) {
-      V w[4];
-      Bits norms[4], ratios[4];
-      for (int k = 0; k < 4; ++k) w[k] = load_weight(tile, i + k * V::kLanes);
-      if (decay == DecayRule::kDecoupled) {
-        for (int k = 0; k < 4; ++k) w[k] = decayed(w[k], decay, s);
-      }
-      for (int k = 0; k < 4; ++k) {
-        const int e = i + k * V::kLanes;
-        const Bits rounded = rounded_norm(V::load(norm + e), inverse);
-        norms[k] = norm_code<V>(rounded);
-        const V ratio = V::load(momentum + e) / (stored_norm(rounded, new_scale) + epsilon_outside);
-        w[k] = w[k] - s.rate * ratio;
-        ratios[k] = ratio_code(ratio, drawn_for_momentum(e));
-      }
-      V::store_bytes(norms, tile.norm + i);
-      V::store_bytes(ratios, tile.momentum + i);
-      store_weights(w, tile, i);
-    }
-  };
+    V::store_bytes(codes, tile.norm + i);
+  }
 
-  for_each_tile<storage>(memory, slice,
-                         [&](const Tile<storage>& tile, std::int64_t begin)
-                             __attribute__((always_inline)) {
-                               const std::int64_t first = slice.first_element + begin;
-                               if constexpr (rounding == WeightRounding::kStochastic)
-                                 of_weights.draw(first / 2);
-                               if constexpr (state != StateFormat::kFull)
-                                 of_momentum.draw(first / 4);
-                               if constexpr (state == StateFormat::k8Bits) {
-                                 update_block(tile, memory.norm_scale[begin / kStateBlock]);
-                               } else {
-                                 update_elements(tile);
-                               }
-                             });
+  // The ratios as codes, and the weights.
+  const auto* const drawn = step.of_momentum.template as<std::uint8_t>();
+  for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
+    prefetch_weights(tile, i);
+    V w[4];
+    V::Bits codes[4];
+    for (int k = 0; k < 4; ++k) {
+      const int e = i + k * V::kLanes;
+      const V ratio = V::load(momentum + e);
+      codes[k] = ratio_code(ratio, V::load_bits(drawn + e));
+      w[k] = decayed(load_weight(tile, e), decay, s) - s.rate * ratio;
+    }
+    V::store_bytes(codes, tile.momentum + i);
+    store_weights(w, tile, i, step.of_weights.template as<std::uint16_t>());
+  }
 }
 
-// The average alone, of weights with a remainder.
-inline void average_in_tiles(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
-  constexpr Storage kStorage{DType::kBFloat16, DType::kBFloat16, StateFormat::kFull,
-                             WeightRounding::kRemainder};
-  const VectorScalars<F32> s(scalars, 1.0);
-  for_each_tile<kStorage>(memory, slice, [&](const Tile<kStorage>& tile, std::int64_t) {
-    for (int i = 0; i < kStateBlock; i += F32::kLanes) {
-      F32 average = F32::load(tile.average + i);
-      update_average(average, load_weight(tile, i), scalars.average_mode, s);
-      average.store(tile.average + i);
-      if (scalars.overwrite) store_with_remainder(average, tile, i);
+template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
+void update_tile(Tile<storage> tile, const Grad* grad, const TileStep<storage>& step,
+                 float* scale) {
+  if constexpr (storage.state == StateFormat::k8Bits) {
+    update_block<decay, epsilon>(tile, grad, step, *scale);
+  } else {
+    update_elements<decay, epsilon>(tile, grad, step, scale == nullptr ? 1.0f : *scale);
+  }
+}
+
+template <Storage storage>
+void update_in_tiles(const Arrays& memory, const Scalars& scalars, const Slice& slice) {
+  TileStep<storage> step(scalars, slice);
+  const bool is_inside = scalars.epsilon_rule == EpsilonRule::kInside;
+  const auto update_by_rule = [&](const Tile<storage>& tile, const auto* grad, float* scale) {
+    constexpr auto kNone = DecayRule::kNone, kDecoupled = DecayRule::kDecoupled;
+    constexpr auto kInside = EpsilonRule::kInside, kOutside = EpsilonRule::kOutside;
+    if (scalars.decay_rule == kDecoupled) {
+      is_inside ? update_tile<kDecoupled, kInside>(tile, grad, step, scale)
+                : update_tile<kDecoupled, kOutside>(tile, grad, step, scale);
+    } else {  // the L2 decay is in the prepared gradient
+      is_inside ? update_tile<kNone, kInside>(tile, grad, step, scale)
+                : update_tile<kNone, kOutside>(tile, grad, step, scale);
     }
+  };
+  for_each_tile<storage>(memory, slice, [&](const Tile<storage>& tile, std::int64_t begin) {
+    const std::int64_t first = slice.first_element + begin;
+    if constexpr (storage.rounding == WeightRounding::kStochastic) step.of_weights.draw(first / 2);
+    if constexpr (storage.state != StateFormat::kFull) step.of_momentum.draw(first / 4);
+    const bool has_blocks = storage.state == StateFormat::k8Bits;
+    float* const scale = memory.norm_scale + (has_blocks ? begin / kStateBlock : 0);
+    if (step.takes_gradients_as_they_are(tile)) {
+      update_by_rule(tile, tile.grad, scale);
+    } else {
+      alignas(64) float prepared[kStateBlock];
+      step.prepare_gradients(tile, prepared);
+      update_by_rule(tile, static_cast<const float*>(prepared), scale);
+    }
+    if (tile.average != nullptr) average_tile(tile, scalars, step.s);
   });
 }

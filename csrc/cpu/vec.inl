@@ -13,6 +13,7 @@ using Words [[gnu::vector_size(kVectorBytes / 2)]] = std::uint16_t;  // as many 
 using SignedWords [[gnu::vector_size(kVectorBytes / 2)]] = std::int16_t;
 using Bytes [[gnu::vector_size(kVectorBytes / 4)]] = std::uint8_t;
 using SignedBytes [[gnu::vector_size(kVectorBytes / 4)]] = std::int8_t;
+using TwoWords [[gnu::vector_size(kVectorBytes)]] = std::uint16_t;  // as many as two Floats
 using FourBytes [[gnu::vector_size(kVectorBytes)]] = std::uint8_t;  // as many as four Floats
 using FourSignedBytes [[gnu::vector_size(kVectorBytes)]] = std::int8_t;
 
@@ -21,6 +22,9 @@ Doubles magnitude(Doubles x);
 // The larger one; NaN if either is. `b` is not -0: which zero is returned is left open.
 Floats larger(Floats a, Floats b);
 Doubles larger(Doubles a, Doubles b);
+// `b` if either is NaN.
+Floats larger_number(Floats a, Floats b);
+Floats smaller_number(Floats a, Floats b);
 // IEEE half precision, to the nearest.
 Floats from_float16(Words x);
 Words to_float16(Floats x);
@@ -30,9 +34,12 @@ FloatBits extended(Bytes x);
 FloatInts extended(SignedWords x);
 FloatInts extended(SignedBytes x);
 Words truncated(FloatBits x);
+TwoWords truncated(FloatBits a, FloatBits b);
 // In order; each is taken to fit in 16 bits, and limited to what fits in 8.
 FourBytes limited_to_bytes(const FloatInts (&x)[4]);
 FourSignedBytes limited_to_signed_bytes(const FloatInts (&x)[4]);
+// The integer, negated where the float is negative; 0 where that is +0, where `x` is to be 0, too.
+FloatInts negated_with(Floats sign, FloatInts x);
 Doubles lower_half(Floats x);
 Doubles upper_half(Floats x);
 
@@ -63,6 +70,9 @@ struct Vec {
   static Vec from_bits(Bits bits) { return Vec(reinterpret_cast<Lanes>(bits)); }
   static FloatInts ints(Bits bits) { return reinterpret_cast<FloatInts>(bits); }
   static Bits unsigned_bits(FloatInts ints) { return reinterpret_cast<Bits>(ints); }
+  static Bits with_sign_of(Vec sign, Bits bits) {
+    return unsigned_bits(negated_with(sign.v, ints(bits)));
+  }
   static Bits counted() {
     Bits count{};
     for (int lane = 0; lane < kLanes; ++lane) count[lane] = lane;
@@ -78,6 +88,10 @@ struct Vec {
   }
   static void store_bits(Bits bits, std::uint32_t* p) { at<Bits>(p).v = bits; }
   static void store_bits(Bits bits, std::uint16_t* p) { at<Words>(p).v = truncated(bits); }
+  static void store_halves(const Bits (&bits)[4], std::uint16_t* p) {
+    at<TwoWords>(p).v = truncated(bits[0], bits[1]);
+    at<TwoWords>(p + 2 * kLanes).v = truncated(bits[2], bits[3]);
+  }
   static void store_bytes(const Bits (&bits)[4], std::uint8_t* p) {
     at<FourBytes>(p).v =
         limited_to_bytes({ints(bits[0]), ints(bits[1]), ints(bits[2]), ints(bits[3])});
@@ -100,6 +114,8 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
   friend Vec abs(Vec a) { return Vec(magnitude(a.v)); }
   friend Vec maximum(Vec a, Vec b) { return Vec(larger(a.v, b.v)); }
+  friend Vec larger_number(Vec a, Vec b) { return Vec(larger_number(a.v, b.v)); }
+  friend Vec smaller_number(Vec a, Vec b) { return Vec(smaller_number(a.v, b.v)); }
   friend Vec clamp(Vec a, Vec limit) {  // NaN compares false, and stays
     const Lanes raised = -limit.v > a.v ? -limit.v : a.v;
     return Vec(limit.v < raised ? limit.v : raised);

@@ -102,6 +102,8 @@ adamax::Group read_group() {
   if (const double limit = number(); limit != 0) group.clipvalue = limit;
   group.ema_momentum = number();
   group.step = integer();
+  group.seed = integer<std::uint64_t>();  // in two halves, which doubles hold
+  group.seed |= integer<std::uint64_t>() << 32;
   return group;
 }
 
@@ -125,25 +127,34 @@ void do_call(std::size_t num_variables) {
   std::vector<adamax::ConstBuffer> gradients;
   for (auto& present : arrays) {
     adamax::Variable variable{};
-    const adamax::DTypePair pair = adamax::kPairs[integer()];
-    variable.storage = {pair.param, pair.grad};
+    variable.storage = adamax::storage_at(integer<int>());
     variable.size = integer();
     variable.has_accumulated = number() != 0;
+    variable.number = integer<std::uint32_t>();
+    variable.first_element = integer();
     const auto offset = integer<std::size_t>();
-    const auto read_array = [&](adamax::DType dtype) -> void* {
+    const auto read_array = [&](adamax::DType dtype, std::int64_t size) -> void* {
       if (number() == 0) return nullptr;
-      present.emplace_back(variable.size * adamax::itemsize(dtype), offset);
+      present.emplace_back(size * adamax::itemsize(dtype), offset);
       return present.back().data();
     };
-    const adamax::DType param = pair.param, grad = pair.grad, state = adamax::compute_dtype(param);
+    const auto [param, grad, state, rounding] = variable.storage;
+    const adamax::DType computed = adamax::compute_dtype(param);
+    const bool is_16 = state == adamax::StateFormat::k16Bits;
+    const bool is_8 = state == adamax::StateFormat::k8Bits;
+    const std::int64_t size = variable.size;
     adamax::Arrays& memory = variable.memory;
-    memory.param = read_array(param);
-    memory.grad = read_array(grad);
-    memory.momentum = read_array(state);
-    memory.norm = read_array(state);
-    memory.average = read_array(state);
-    memory.accumulator = read_array(state);
-    if (memory.grad != nullptr) gradients.push_back({grad, variable.size, memory.grad});
+    using adamax::DType;
+    memory.param = read_array(param, size);
+    memory.grad = read_array(grad, size);
+    memory.momentum = read_array(is_16 ? DType::kUInt16 : is_8 ? DType::kInt8 : computed, size);
+    memory.norm = read_array(is_16 ? DType::kUInt16 : is_8 ? DType::kUInt8 : computed, size);
+    memory.average = read_array(computed, size);
+    memory.accumulator = read_array(computed, size);
+    const std::int64_t blocks = (size + adamax::kStateBlock - 1) / adamax::kStateBlock;
+    memory.norm_scale = static_cast<float*>(read_array(DType::kFloat32, is_16 ? 1 : blocks));
+    memory.remainder = read_array(DType::kInt16, size);
+    if (memory.grad != nullptr) gradients.push_back({grad, size, memory.grad});
     variables.push_back(variable);
   }
 

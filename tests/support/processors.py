@@ -11,7 +11,9 @@ from support.bits import PAIRS, compute_dtype
 from support.building import REPOSITORY, run
 from support.steps import EMA_MOMENTUM
 
-ROLES = ("param", "grad", "m", "u", "average", "accumulator")
+ROLES = ("param", "grad", "m", "u", "average", "accumulator", "norm_scale", "remainder")
+STATES = {"uint16": 1, "int8": 2}  # by the dtype of `m`; others are in full
+ROUNDINGS = ("nearest", "stochastic", "remainder")
 DECAYS, EPSILONS = ("none", "decoupled", "l2"), ("outside", "inside")
 CLIPS, PHASES = (None, "norm", "global_norm"), ("accumulate", "update", "finalize")
 
@@ -57,6 +59,11 @@ class Processor:
         """As `adamax_ext.update`, with the arrays that many bytes past whole vectors."""
         self.call([arrays], offset, **settings)
 
+    def functional_update(self, *, offset=0, **arguments):
+        """With the arguments of `adamax_ext.update`."""
+        arrays = {role: arguments.pop(role) for role in ROLES if role in arguments}
+        self.call([arrays], offset, **arguments)
+
     def call(
         self,
         variables,
@@ -80,6 +87,10 @@ class Processor:
         phase="update",
         overwrite=False,
         require_finite=False,
+        weight_rounding="nearest",
+        seed=0,
+        variable=0,  # the number of the first one
+        first_element=0,
     ):
         """Return the norm of the gradients, and whether they are finite if that was asked for."""
         send, receive = self._process.stdin, self._process.stdout
@@ -90,13 +101,17 @@ class Processor:
         numbers(len(variables))
         numbers(learning_rate, beta_1, beta_2, epsilon, weight_decay, DECAYS.index(decay))
         numbers(EPSILONS.index(epsilon_mode), clipvalue or 0, ema_momentum, step)
+        numbers(seed % 2**32, seed >> 32)
         numbers(grad_scale, CLIPS.index(clip), limit, micro_batches, PHASES.index(phase))
         numbers(overwrite, require_finite)
         for index, arrays in enumerate(variables):
             param, grad = arrays["param"], arrays.get("grad")
             grad_name = compute_dtype(param.dtype).name if grad is None else grad.dtype.name
             storage = PAIRS.index((param.dtype.name, grad_name))  # in the order of kPairs
-            numbers(storage, param.size, index in accumulated, offset)
+            storage = 3 * storage + STATES.get(arrays["m"].dtype.name, 0)
+            storage = 3 * storage + ROUNDINGS.index(weight_rounding)
+            numbers(storage, param.size, index in accumulated, variable + index, first_element)
+            numbers(offset)
             for role in ROLES:
                 array = arrays.get(role)
                 numbers(array is not None)
