@@ -43,14 +43,22 @@ ADAMAX_HOST_DEVICE V decoded_norm(BitsOf<V> code, V scale) {
   return V::from_bits((code + kNormBase) << kCodeShift) * scale;
 }
 
-// The second where the first is NaN.
+// The second, which is a number, where the first is NaN.
 template <class V>
 ADAMAX_HOST_DEVICE V larger_number(V a, V b) {
+#ifdef __CUDA_ARCH__
+  return V(fmaxf(a.v, b.v));  // one instruction
+#else
   return V(a.v > b.v ? a.v : b.v);
+#endif
 }
 template <class V>
 ADAMAX_HOST_DEVICE V smaller_number(V a, V b) {
+#ifdef __CUDA_ARCH__
+  return V(fminf(a.v, b.v));
+#else
   return V(a.v < b.v ? a.v : b.v);
+#endif
 }
 
 // The code has its sign extended.

@@ -36,10 +36,10 @@ struct Packed {
   ADAMAX_HOST_DEVICE S operator[](int k) const {
     return scalar::bit_cast<S>(static_cast<Word>(words[k / kInWord] >> k % kInWord * kBits));
   }
-  // In the order of the elements.
+  // In the order of the elements. To shift and add is one instruction.
   ADAMAX_HOST_DEVICE void set(int k, std::uint32_t bits) {
     std::uint32_t& word = words[k / kInWord];
-    word = (k % kInWord == 0 ? 0 : word) | bits << k % kInWord * kBits;
+    word = (k % kInWord == 0 ? 0 : word) + (bits << k % kInWord * kBits);
   }
   ADAMAX_HOST_DEVICE void set(int k, scalar::F32 x) {
     S stored;
@@ -49,92 +49,105 @@ struct Packed {
 };
 
 // Which elements of a tile a lane has, and how it reaches them: packets of four, those of a warp
-// side by side.
+// side by side. All addresses of a stream are one and a constant.
 struct LaneOfPackets {
   static constexpr int kWidth = 4;
   using One = ByElement;
-  int lane;
+  std::int64_t first;  // element
+  std::uint32_t lane;
 
-  ADAMAX_HOST_DEVICE int place_of(int k) const {
-    return (k / kWidth * kWarp + lane) * kWidth + k % kWidth;
-  }
+  ADAMAX_HOST_DEVICE LaneOfPackets(std::int64_t tile, std::uint32_t lane)
+      : first(tile + lane * kWidth), lane(lane) {}
+
   template <class S>
-  ADAMAX_HOST_DEVICE void load(const S* tile, Packed<S>& x, std::uint32_t = 0) const {
-    constexpr int kWords = sizeof(S);
-    for (int j = 0; j < kOfLane; j += kWidth) {
-      const auto packet = *reinterpret_cast<const PacketOf<S>*>(tile + place_of(j));
-      for (int k = 0; k < kWords; ++k) x.words[j / kWidth * kWords + k] = packet.elements[k];
+  ADAMAX_HOST_DEVICE void load(const S* array, Packed<S>& x, std::uint32_t = 0) const {
+    for (int j = 0; j < kPackets; ++j) {
+      const auto packet = *reinterpret_cast<const PacketOf<S>*>(array + first + j * kStride);
+      for (int k = 0; k < kWords<S>; ++k) x.words[j * kWords<S> + k] = packet.elements[k];
     }
   }
   template <class S>
-  ADAMAX_HOST_DEVICE void store(const Packed<S>& x, S* tile) const {
-    constexpr int kWords = sizeof(S);
-    for (int j = 0; j < kOfLane; j += kWidth) {
+  ADAMAX_HOST_DEVICE void store(const Packed<S>& x, S* array) const {
+    for (int j = 0; j < kPackets; ++j) {
       PacketOf<S> packet;
-      for (int k = 0; k < kWords; ++k) packet.elements[k] = x.words[j / kWidth * kWords + k];
-      *reinterpret_cast<PacketOf<S>*>(tile + place_of(j)) = packet;
+      for (int k = 0; k < kWords<S>; ++k) packet.elements[k] = x.words[j * kWords<S> + k];
+      *reinterpret_cast<PacketOf<S>*>(array + first + j * kStride) = packet;
     }
   }
-  // The random numbers of its elements, `in_word` to a word.
+  // The random numbers of its elements, `in_word` to a word, of which the tile's are from `word`
+  // on.
   template <int in_word>
-  ADAMAX_HOST_DEVICE void draw(std::uint32_t first_word, const RandomKeys& keys,
+  ADAMAX_HOST_DEVICE void draw(std::uint32_t word, const RandomKeys& keys,
                                std::uint32_t (&words)[kOfLane / in_word]) const {
+    constexpr int kInPacket = kWidth / in_word;
     for (int j = 0; j < kOfLane / in_word; ++j) {
-      words[j] = random_words(first_word + place_of(j * in_word) / in_word, keys);
+      const std::uint32_t constant = j / kInPacket * (kStride / in_word) + j % kInPacket;
+      words[j] = random_words(word + lane * kInPacket + constant, keys);
     }
   }
 
  private:
+  static constexpr int kPackets = kOfLane / kWidth, kStride = kWarp * kWidth;
   template <class S>
-  using PacketOf = Packet<std::uint32_t, sizeof(S), kWidth * sizeof(S)>;
+  static constexpr int kWords = sizeof(S);  // of a packet
+  template <class S>
+  using PacketOf = Packet<std::uint32_t, kWords<S>, kWidth * sizeof(S)>;
 };
 
 // Single elements, of which the tile has `count`; `missing` are the bits of the others.
 template <class One_>
 struct LaneOfElements {
   using One = One_;
-  int lane, count;
+  std::int64_t first;
+  std::uint32_t lane, count;
 
-  ADAMAX_HOST_DEVICE int place_of(int k) const { return k * kWarp + lane; }
+  ADAMAX_HOST_DEVICE LaneOfElements(std::int64_t tile, std::uint32_t lane, std::uint32_t count)
+      : first(tile + lane), lane(lane), count(count) {}
+
   template <class S>
-  ADAMAX_HOST_DEVICE void load(const S* tile, Packed<S>& x, std::uint32_t missing = 0) const {
+  ADAMAX_HOST_DEVICE void load(const S* array, Packed<S>& x, std::uint32_t missing = 0) const {
     using Word = typename Packed<S>::Word;
     for (int k = 0; k < kOfLane; ++k) {
       std::uint32_t bits[1] = {static_cast<Word>(missing)};
-      if (place_of(k) < count) One::load(reinterpret_cast<const Word*>(tile) + place_of(k), bits);
+      if (has(k)) One::load(reinterpret_cast<const Word*>(array) + first + k * kWarp, bits);
       x.set(k, bits[0]);
     }
   }
   template <class S>
-  ADAMAX_HOST_DEVICE void store(const Packed<S>& x, S* tile) const {
+  ADAMAX_HOST_DEVICE void store(const Packed<S>& x, S* array) const {
     using Word = typename Packed<S>::Word;
     for (int k = 0; k < kOfLane; ++k) {
       const std::uint32_t bits[1] = {scalar::bit_cast<Word>(x[k])};
-      if (place_of(k) < count) One::store(bits, reinterpret_cast<Word*>(tile) + place_of(k));
+      if (has(k)) One::store(bits, reinterpret_cast<Word*>(array) + first + k * kWarp);
     }
   }
   template <int in_word>
-  ADAMAX_HOST_DEVICE void draw(std::uint32_t first_word, const RandomKeys& keys,
+  ADAMAX_HOST_DEVICE void draw(std::uint32_t word, const RandomKeys& keys,
                                std::uint32_t (&words)[kOfLane / in_word]) const {
-    constexpr int kBits = 32 / in_word;
+    constexpr std::uint32_t kBits = 32 / in_word, kMask = (1u << kBits) - 1;
     for (int k = 0; k < kOfLane; ++k) {
-      const std::uint32_t word = random_words(first_word + place_of(k) / in_word, keys);
-      const std::uint32_t number = word >> place_of(k) % in_word * kBits & ((1u << kBits) - 1);
+      const std::uint32_t drawn = random_words(word + (lane + k * kWarp) / in_word, keys);
+      const std::uint32_t number = drawn >> lane % in_word * kBits & kMask;
       if (k % in_word == 0) words[k / in_word] = 0;
       words[k / in_word] |= number << k % in_word * kBits;
     }
   }
+
+ private:
+  ADAMAX_HOST_DEVICE bool has(int k) const { return lane + k * kWarp < count; }
 };
 
-// Calls body(lane) with the lane of a thread.
+// Calls body(lane) with the lane of a thread in the tile that begins at an element.
 template <class Body>
-ADAMAX_HOST_DEVICE void with_lane(int lane, int count, Alignment alignment, const Body& body) {
+ADAMAX_HOST_DEVICE void with_lane(std::int64_t tile, int thread, int count, Alignment alignment,
+                                  const Body& body) {
+  const std::uint32_t lane = static_cast<std::uint32_t>(thread) % kWarp;
   if (alignment == Alignment::kPackets && count == kStateBlock) {
-    body(LaneOfPackets{lane});
+    body(LaneOfPackets(tile, lane));
   } else if (alignment != Alignment::kBytes) {
-    body(LaneOfElements<ByElement>{lane, count});
+    body(LaneOfElements<ByElement>(tile, lane, count));
   } else {
-    body(LaneOfElements<ByByte>{lane, count});
+    body(LaneOfElements<ByByte>(tile, lane, count));
   }
 }
 
@@ -147,16 +160,15 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
   using Grad = Stored<kPairs[pair].grad>;
   using Momentum = typename StateOf<state>::Momentum;
   using Norm = typename StateOf<state>::Norm;
-  // Blocks on a multiprocessor at once: as many as have room for their registers.
-  static constexpr int kBlocks = sizeof(Param) + sizeof(Grad) == 4 ? 6 : 4;
+  static constexpr int kBlocks = 6;  // on a multiprocessor at once: registers for no more
   static constexpr bool kHasLargest = state == StateFormat::k8Bits;
   static constexpr bool kIsRounded = kPairs[pair].param == DType::kBFloat16;  // in one of many ways
 
   // What a thread keeps from one half to the other.
   struct Registers {
-    const TileRow* row = nullptr;  // null: nothing to do
-    std::int64_t begin;            // of the tile
-    int count;                     // of its elements
+    std::int64_t row = -1;  // in the table; -1: nothing to do
+    std::int64_t begin;     // of the tile
+    int count;              // of its elements
     Alignment alignment;
     GroupScalars<V> group;
     VariableNumbers numbers;
@@ -176,7 +188,8 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
   ADAMAX_HOST_DEVICE float first_half(Place place, Registers& r) const {
     const auto piece = this->table.piece_of(place.block);
     const TileRow& row = piece.row;
-    const int tile = place.thread / kWarp * static_cast<int>(kStateBlock);  // in the chunk
+    const auto warp = static_cast<std::uint32_t>(place.thread) / kWarp;
+    const int tile = static_cast<int>(warp * kStateBlock);  // in the chunk
     const int rest = piece.stretch.count - tile;
     if (rest <= 0) return 0.0f;
     r.begin = piece.stretch.begin + tile;
@@ -201,27 +214,27 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
     Packed<float> accumulated;
     Packed<std::int16_t> remainders;
     bool is_vetoed;
-    with_lane(place.thread % kWarp, r.count, r.alignment, [&](auto lane) {
+    with_lane(r.begin, place.thread, r.count, r.alignment, [&](auto lane) {
       // All loads before anything waits, and before the first store. The gradient of elements that
       // are missing is NaN, which the scale of a block does not count.
       constexpr std::uint32_t kNan = ~0u;
-      lane.load(param + r.begin, weights);
-      if (grad != nullptr) lane.load(grad + r.begin, gradients, kNan);
-      lane.load(momentum + r.begin, momenta);
-      lane.load(norm + r.begin, norms);
+      lane.load(param, weights);
+      if (grad != nullptr) lane.load(grad, gradients, kNan);
+      lane.load(momentum, momenta);
+      lane.load(norm, norms);
       if constexpr (kIsRounded) {
-        if (remainder != nullptr) lane.load(remainder + r.begin, remainders);
+        if (remainder != nullptr) lane.load(remainder, remainders);
       }
-      if (accumulator != nullptr) lane.load(accumulator + r.begin, accumulated, kNan);
+      if (accumulator != nullptr) lane.load(accumulator, accumulated, kNan);
       if constexpr (state == StateFormat::k8Bits) {
-        decltype(lane)::One::load(row.norm_scale + r.begin / kStateBlock, r.block_scale);
+        decltype(lane)::One::load(row.norm_scale + block_of(r.begin), r.block_scale);
       }
       r.numbers = row.numbers[slab_of(row.first_element + r.begin) - slab_of(row.first_element)];
       r.group = this->groups.of(row.group, argument);
       is_vetoed = this->is_vetoed();
     });
     if (is_vetoed) return 0.0f;
-    r.row = &row;
+    r.row = &row - this->table.rows;
     VectorScalars<V>& s = r.group.scalars;
 
     for (int k = 0; k < kOfLane; ++k) r.w[k] = V(scalar::to_compute(weights[k]));
@@ -240,13 +253,13 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
     }
     if (r.group.rules.gradient_sign() != 0) {  // as in Update
       for (int k = 0; k < kOfLane; ++k) gradients.set(k, h[k] * V(r.group.rules.gradient_sign()));
-      with_lane(place.thread % kWarp, r.count, r.alignment,
-                [&](auto lane) { lane.store(gradients, const_cast<Grad*>(grad) + r.begin); });
+      with_lane(r.begin, place.thread, r.count, r.alignment,
+                [&](auto lane) { lane.store(gradients, const_cast<Grad*>(grad)); });
     }
     if (accumulator != nullptr) {
       for (int k = 0; k < kOfLane; ++k) h[k] = (V(accumulated[k]) + h[k]) * s.mean_scale;
-      with_lane(place.thread % kWarp, r.count, r.alignment,
-                [&](auto lane) { lane.store(Packed<float>{}, accumulator + r.begin); });
+      with_lane(r.begin, place.thread, r.count, r.alignment,
+                [&](auto lane) { lane.store(Packed<float>{}, accumulator); });
     }
 
     if (row.clip != nullptr || r.group.rules.clips_values()) {
@@ -288,16 +301,16 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
 
   // Rounds, and stores. `largest` is that of the warp.
   ADAMAX_HOST_DEVICE void second_half(Place place, Registers& r, float largest) const {
-    if (r.row == nullptr) return;
-    const TileRow& row = *r.row;
+    if (r.row < 0) return;
+    const TileRow& row = this->table.rows[r.row];
     const VectorScalars<V>& s = r.group.scalars;
     const auto first = static_cast<std::uint64_t>(row.first_element + r.begin);
     const bool is_at_random = kIsRounded && row.rounding == WeightRounding::kStochastic;
     [[maybe_unused]] Bits for_momentum[kOfLane / 4]{}, for_weights[kOfLane / 2]{};
     Packed<float> averages;
-    with_lane(place.thread % kWarp, r.count, r.alignment, [&](auto lane) {
+    with_lane(r.begin, place.thread, r.count, r.alignment, [&](auto lane) {
       // Not earlier: it would take registers from others, and much is to be done before it is used.
-      if (row.average != nullptr) lane.load(static_cast<float*>(row.average) + r.begin, averages);
+      if (row.average != nullptr) lane.load(static_cast<float*>(row.average), averages);
       if constexpr (state != StateFormat::kFull) {
         lane.template draw<4>(static_cast<Bits>(first / 4), r.numbers.of_momentum, for_momentum);
       }
@@ -372,24 +385,27 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
       }
     }
 
-    with_lane(place.thread % kWarp, r.count, r.alignment, [&](auto lane) {
-      lane.store(momenta, static_cast<Momentum*>(row.momentum) + r.begin);
-      lane.store(norms, static_cast<Norm*>(row.norm) + r.begin);
-      lane.store(weights, static_cast<Param*>(row.param) + r.begin);
+    with_lane(r.begin, place.thread, r.count, r.alignment, [&](auto lane) {
+      lane.store(momenta, static_cast<Momentum*>(row.momentum));
+      lane.store(norms, static_cast<Norm*>(row.norm));
+      lane.store(weights, static_cast<Param*>(row.param));
       if constexpr (kIsRounded) {
         auto* const remainder = static_cast<std::int16_t*>(row.remainder);
-        if (remainder != nullptr) lane.store(remainders, remainder + r.begin);
+        if (remainder != nullptr) lane.store(remainders, remainder);
       }
       if (row.average != nullptr) {
-        lane.store(averages, static_cast<float*>(row.average) + r.begin);
+        lane.store(averages, static_cast<float*>(row.average));
       }
       if (state == StateFormat::k8Bits && place.thread % kWarp == 0) {
-        decltype(lane)::One::store(r.block_scale, row.norm_scale + r.begin / kStateBlock);
+        decltype(lane)::One::store(r.block_scale, row.norm_scale + block_of(r.begin));
       }
     });
   }
 
  private:
+  ADAMAX_HOST_DEVICE static std::uint64_t block_of(std::int64_t begin) {
+    return static_cast<std::uint64_t>(begin) / kStateBlock;
+  }
   ADAMAX_HOST_DEVICE static V epsilon_outside(const Registers& r) {
     return r.group.rules.epsilon() == EpsilonRule::kInside ? V(0.0f) : r.group.scalars.epsilon;
   }
