@@ -25,7 +25,7 @@ struct Place {
   std::uint32_t block;
   int thread;
 };
-constexpr int kWarp = 32;  // threads
+constexpr int kWarp = 32;  // threads that run together, and look for their largest number
 
 template <DType dtype>
 using Stored = typename TypeOf<dtype>::Stored;

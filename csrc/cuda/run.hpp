@@ -189,23 +189,23 @@ class Run {
     for (const Row& row : program_.rows) {
       const double* const clip = row.is_summed ? next_clip : nullptr;
       if (row.is_summed && program_.clip.rule == ClipRule::kNorm) ++next_clip;
-      const VariableNumbers* numbers = nullptr;
-      if (has_numbers(row)) numbers = std::exchange(next_numbers, next_numbers + num_slabs(row));
       const Arrays& m = row.memory;
       const Storage storage = storage_at(row.storage);
       const UpdateRow update{row.size, row.group, m.param,       m.grad, m.momentum,
                              m.norm,   m.average, m.accumulator, clip};
-      const TileRow tile{update,      storage.rounding,
-                         m.remainder, storage.state == StateFormat::k8Bits ? m.norm_scale : nullptr,
-                         numbers,     row.first_element};
+      const auto tile = [&](const VariableNumbers* numbers) {
+        float* const scales = storage.state == StateFormat::k8Bits ? m.norm_scale : nullptr;
+        return TileRow{update, storage.rounding, m.remainder, scales, numbers, row.first_element};
+      };
       switch (row.operation) {
         case Operation::kNone:
           break;
         case Operation::kUpdate:
-          if (is_plain(storage)) {
-            updates_[row.storage][m.average != nullptr][m.accumulator != nullptr].push_back(update);
+          if (has_numbers(row)) {
+            tile_updates_[pair_of(row)][static_cast<int>(storage.state)].push_back(
+                tile(std::exchange(next_numbers, next_numbers + num_slabs(row))));
           } else {
-            tile_updates_[pair_of(row)][static_cast<int>(storage.state)].push_back(tile);
+            updates_[row.storage][m.average != nullptr][m.accumulator != nullptr].push_back(update);
           }
           break;
         case Operation::kAccumulate:
@@ -213,7 +213,7 @@ class Run {
           break;
         case Operation::kAverage:
           if (storage.rounding == WeightRounding::kRemainder) {
-            joined_averages_.push_back(tile);
+            joined_averages_.push_back(tile(nullptr));
           } else {
             averages_[static_cast<int>(storage.param)].push_back(update);
           }
@@ -224,7 +224,7 @@ class Run {
     return row.storage / kNumWeightRoundings / kNumStateFormats;
   }
 
-  // Of all rows that are not plain, when nobody reads their scales any more.
+  // Of all rows that have some.
   void make_numbers() {
     std::vector<NumbersRow> rows;
     VariableNumbers* next = scratch_.numbers;
@@ -266,10 +266,11 @@ class Run {
   }
   template <int pair, StateFormat state>
   void launch_tile_update() {
-    constexpr DType kParam = kPairs[pair].param;
-    constexpr Storage kNearest{kParam, kPairs[pair].grad, state, WeightRounding::kNearest};
-    constexpr bool kIsPlain = is_plain(kNearest) && kParam != DType::kBFloat16;
-    if constexpr (exists(kNearest) && !kIsPlain) {
+    // In full state only what is not rounded to nearest.
+    constexpr Storage kStorage{
+        kPairs[pair].param, kPairs[pair].grad, state,
+        state == StateFormat::kFull ? WeightRounding::kStochastic : WeightRounding::kNearest};
+    if constexpr (exists(kStorage)) {
       launch_elementwise<scalar::F32>(
           tile_updates_[pair][static_cast<int>(state)],
           [](auto is_small) { return TileUpdate<pair, state, is_small>{}; });
