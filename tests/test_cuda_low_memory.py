@@ -205,7 +205,9 @@ def check_settings(clip, micro_batches, odd):
                         twins.accumulator += training.unscaled(i, 0.37)
             training.draw_gradients(special=step == 1 and not clip)
             # Without a gradient: the average alone, or what was accumulated.
-            without = [3, 10, 25, 26] if average or micro_batches > 1 else []
+            without = ((3, 26), (), (3, 10, 11, 25, 26, 40))[step]
+            if not average and micro_batches == 1:
+                without = ()
             settings = {"micro_batches": micro_batches, "overwrite": overwrite, **clip}
             call = training.call(without=without, grad_scale=0.37, **settings)
             training.step(scale=0.37, without=without, **settings)
