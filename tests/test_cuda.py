@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, schedules
 from support.bits import PAIRS
+from support.low_memory import STORAGES
 
 torch = pytest.importorskip("torch", reason="needs torch")
 if not torch.cuda.is_available():
@@ -116,6 +117,41 @@ def test_update_at_any_offset(decay, mode, offset):
         )
     for i, (ours, theirs) in enumerate(zip(on_gpu, arrays, strict=True)):
         same(ours, theirs, f"array {i}")
+
+
+def few_bits(size, offset, storage):
+    """Memory for `update`, on the CPU, as before the first step, and some elements before."""
+    param, _, bits, rounding = storage
+    kinds = {32: ("float32", "float32"), 16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}[bits]
+    dtypes = {"m": kinds[0], "u": kinds[1], "average": "float32"}
+    if rounding == "remainder":
+        dtypes["remainder"] = "int16"
+    arrays = {
+        name: torch.zeros(offset + size, dtype=getattr(torch, t)) for name, t in dtypes.items()
+    }
+    arrays["param"] = make(1, offset + size, param)
+    if bits < 32:
+        arrays["norm_scale"] = torch.ones(1) if bits == 16 else torch.zeros(-(-size // 256))
+    return arrays
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_update_in_few_bits(storage, offset):
+    for size, steps in ((1, 20), (255, 20), (257, 20), (70_001, 20), (2**20 + 7, 3)):
+        arrays = few_bits(size, offset, storage)
+        places = [{name: a.cuda() for name, a in arrays.items()}, arrays]
+        for step in range(1, steps + 1):
+            grad = make(100 + step, size, storage[1], special=step == 5)
+            for place, g in zip(places, (grad.cuda(), grad), strict=True):
+                adamax_ext.update(
+                    **{name: a[-size:] for name, a in place.items() if name != "norm_scale"},
+                    norm_scale=place.get("norm_scale"),
+                    **{"grad": g, "step": step, "weight_rounding": storage[3], "seed": 2**63 + 7},
+                    **{"weight_decay": 0.2, "grad_scale": 0.37, **RATES},
+                )
+        for name, array in arrays.items():
+            same(places[0][name], array, f"{name} of {size}")
 
 
 def test_transposed_and_many_variables():

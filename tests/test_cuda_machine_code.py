@@ -14,8 +14,9 @@ ARCHITECTURE = "90"
 FUSED = re.compile(r"(fma|mad)\.(r[nzmp]\.)?(ftz\.)?f(32|64)")
 INEXACT = re.compile(r"\w+\.approx\S*|div\.full\S*|\w+\.ftz\S*|(atom|red)\.\S+")
 ELEMENT = r"LDG\.E(\.64|\.U16)?(\.CONSTANT)?"  # an element in one piece
-# Storages of which the parameter, or the gradient, has 16 bits; the storage of doubles.
-PARAM_16, GRAD_16, DOUBLE = (4, 5, 6, 7), (1, 2, 4, 6), 3
+# Pairs of which the parameter, or the gradient, has 16 bits; of doubles; of bfloat16 parameters.
+PARAM_16, GRAD_16, DOUBLE, ROUNDED = (4, 5, 6, 7), (1, 2, 4, 6), 3, (6, 7)
+ROUNDINGS, FORMATS = 3, 3  # with which a pair is a storage
 
 
 def flags():
@@ -61,8 +62,11 @@ def kernels(compiled):
 
 
 def numbers_of(kernel):
-    """Template arguments of a kernel: of Update storage, average, accumulator, small table."""
-    return [int(number) for number in re.findall(r"(?:Li|Lb|DTypeE)(\d)", kernel)]
+    """Template arguments of a kernel: of Update pair, average, accumulator, small table."""
+    numbers = [int(n) for n in re.findall(r"(?:Li|Lb|DTypeE|StateFormatE)(\d+)", kernel)]
+    if kernel.startswith("Update"):  # it has a storage
+        numbers[0] //= ROUNDINGS * FORMATS
+    return numbers
 
 
 def test_ptx_rounds_every_operation(compiled):
@@ -85,10 +89,12 @@ def test_every_kernel_is_there_and_uses_no_local_memory(compiled):
     for symbol, stack, *spilled, registers in sorted(found, key=lambda row: kind_of(row[0])):
         print(f"{registers:>4} {sum(map(int, spilled)):>4}  {kind_of(symbol)}")
         assert (stack, *spilled) == ("0", "0", "0"), symbol
-    # 8 pairs x 4 streams; 4 dtypes; 4 dtypes; 4 dtypes x 2 streams and the later levels of sums.
-    # And the groups of numbers in device memory. Two sizes of tables.
+    # 8 pairs x 4 streams; 7 pairs x 2 formats, and 2 that are rounded in many ways; 4 dtypes; those
+    # and one with a remainder; 4 dtypes x 2 streams and the later levels of sums. And the groups of
+    # numbers in device memory, and the numbers of variables. Two sizes of tables.
     kinds = collections.Counter(re.match(r"[A-Z][a-z]+", kind_of(row[0]))[0] for row in found)
-    assert kinds == {"Update": 64, "Accumulate": 8, "Average": 8, "Sums": 18, "Clip": 1, "Make": 2}
+    elementwise = {"Update": 64, "Tile": 32, "Accumulate": 8, "Average": 10}
+    assert kinds == {**elementwise, "Sums": 18, "Clip": 1, "Make": 4}
 
 
 def is_double(kernel):
@@ -99,15 +105,17 @@ def streams_of(kernel):
     """How many packets of 16 bytes and of 8 bytes an elementwise kernel loads, and stores."""
     numbers = numbers_of(kernel)
     if kernel.startswith("Update"):
-        storage, *others, _ = numbers
+        pair, *others, _ = numbers
         writes_grad = not others[1]  # where no gradients are accumulated, it can be written back
-        narrow = [(storage in PARAM_16) + (storage in GRAD_16)] * 2
-        narrow[1] -= (storage in GRAD_16) and not writes_grad
+        narrow = [(pair in PARAM_16) + (pair in GRAD_16)] * 2
+        narrow[1] -= (pair in GRAD_16) and not writes_grad
         every = [4 + sum(others), 3 + sum(others) + writes_grad]
     else:  # Accumulate stores one stream, Average both, where it overwrites
         narrow = [int(numbers[0] in (2, 3))] * 2
         narrow[1] *= kernel.startswith("Average")
         every = [2, 1 + kernel.startswith("Average")]
+        if kernel.startswith("Average") and numbers[1]:  # a remainder
+            narrow, every = [2, 2], [3, 3]
     return [(both - half, half) for both, half in zip(every, narrow, strict=True)]
 
 
@@ -133,7 +141,56 @@ def test_elementwise_kernels_move_whole_packets_and_wait_for_all_together(kernel
             if not is_double(kernel):
                 assert count(code, r"STG\.E\.64.*") == stored[1], kernel
             seen += 1
-    assert seen == 80
+    assert seen == 82
+
+
+def accesses_of_tiles(pair, state):
+    """How many accesses of how many bits a lane makes: loads, perhaps loads, and stores."""
+    param, grad = (64 if pair in some else 128 for some in (PARAM_16, GRAD_16))
+    state_bits = (128, 64, 32)[state]
+    always = collections.Counter({param: 2}) + collections.Counter({state_bits: 4})
+    perhaps = collections.Counter({grad: 2}) + collections.Counter({128: 2})  # the accumulator
+    # The average is loaded later.
+    stored = always + perhaps + collections.Counter({128: 2})
+    if pair in ROUNDED:
+        perhaps[64] += 2
+        stored[64] += 2
+    # Numbers of the variable, of which the keys for weights and for momenta lie side by side.
+    always += collections.Counter([[64], [128 if pair in ROUNDED else 64, 64], []][state])
+    if state == 2:
+        always += collections.Counter([32, 128 if pair in ROUNDED else 64])  # and the scale
+    return always, perhaps, stored
+
+
+def widths(instructions):
+    """Count accesses of 32 bits and more by their width."""
+    found = (re.fullmatch(r"(?:LDG|STG)\.E(?:\.(64|128))?", i.name) for i in instructions)
+    return collections.Counter(int(match[1] or 32) for match in found if match)
+
+
+def test_tiles_move_whole_packets_and_wait_for_all_together(kernels):
+    """As the other elementwise kernels; what may be missing is loaded by guarded instructions.
+
+    A warp finds its largest norm by five exchanges.
+    """
+    seen = 0
+    for kernel, code in kernels.items():
+        if not kernel.startswith("Tile"):
+            continue
+        pair, state, _ = numbers_of(kernel)
+        always, perhaps, stored = accesses_of_tiles(pair, state)
+        (packets,) = (s for s in stretches(code) if widths(loads(s)) == always)
+        assert not waits(packets), f"{kernel}: {waits(packets)}"
+        guarded = widths(i for i in packets if i.name.startswith("LDG") and i.guard)
+        assert guarded.pop(32) >= 8, kernel  # scalars of a group, and the veto
+        assert guarded == perhaps, kernel
+        for width in (64, 128):  # others are of single elements too
+            assert count(code, rf"STG\.E\.{width}") == stored[width], kernel
+        exchanges = [i.operands for i in code if i.name.startswith("SHFL")]
+        distances = [int(d, 16) for d in re.findall(r"(0x\w+), 0x1f", " ".join(exchanges))]
+        assert distances == ([16, 8, 4, 2, 1] if state == 2 else []), kernel
+        seen += 1
+    assert seen == 32
 
 
 def test_lanes_of_sums_wait_for_all_their_loads_together(kernels):
@@ -155,19 +212,24 @@ extern "C" __global__ void one(const T* a, const T* b, T* c) { c[0] = a[0] / b[0
 extern "C" __global__ void three(const T* a, const T* b, T* c) {
   c[0] = a[0] / b[0]; c[1] = a[1] / b[1]; c[2] = a[2] / b[2];
 }
+extern "C" __global__ void inverse(const T* a, T* c) { c[0] = 1 / a[0]; }
 """
 
 
 def divisions(folder, dtype):
-    """How many fused operations one division takes, and the way for rare values that all share."""
+    """How many fused operations one division takes, and the way for rare values that all share.
+
+    And those of 1 / x.
+    """
     source = folder / f"{dtype}.cu"
     source.write_text(DIVISIONS.replace("T", dtype))
     nvcc(source, folder / "divisions.cubin", "-cubin")
     code = disassembled(folder / "divisions.cubin")
-    one, three = (count(code[name], r"[FD]FMA.*") for name in ("one", "three"))
+    names = ("one", "three", "inverse")
+    one, three, inverse = (count(code[name], r"[FD]FMA.*") for name in names)
     each = (three - one) // 2
     assert each > 0
-    return each, one - each
+    return each, one - each, inverse
 
 
 def test_fused_operations_belong_to_divisions(compiled, kernels):
@@ -179,20 +241,27 @@ def test_fused_operations_belong_to_divisions(compiled, kernels):
     for kernel, code in kernels.items():
         fused = count(code, r"[FDH]FMA.*")
         if kernel.startswith("Update"):
-            each, shared = cost[is_double(kernel)]
+            each, shared, _ = cost[is_double(kernel)]
             # A division for each element of a packet, for single elements, and for those by byte.
             width = 2 if is_double(kernel) else 4
             assert fused == each * (width + 2) + shared, kernel
             checked += 1
-        elif kernel.startswith("Make"):  # 1 / scale and the rate
-            each, shared = cost[True]
+        elif kernel.startswith("Tile"):  # a lane has 8 elements; of a block's scale an inverse
+            each, shared, inverse = cost[False]
+            assert fused == 8 * each + shared + inverse * (numbers_of(kernel)[1] == 2), kernel
+            checked += 1
+        elif kernel.startswith("MakeGroups"):  # 1 / scale and the rate
+            each, shared, _ = cost[True]
             assert fused == 2 * each + shared, kernel
+            checked += 1
+        elif kernel.startswith("MakeNumbers"):
+            assert fused == cost[False][2], kernel
             checked += 1
         elif not kernel.startswith("Clip"):  # its divisions and roots are once a variable
             assert fused == 0, kernel
             assert count(code, r"MUFU.*") == 0, kernel
             checked += 1
-    assert checked == 100
+    assert checked == 136
 
 
 # ---- The checks themselves -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ struct RandomSource {
 
 enum class RandomStream : std::uint8_t { kWeights, kMomentum };
 
-// Of the words of one slab of 2^32.
+// Of the words of one slab of 2^32: of 2^33 elements for weights, of 2^34 for momentum.
 ADAMAX_HOST_DEVICE RandomKeys random_keys(const RandomSource& source, RandomStream stream,
                                           std::uint32_t slab) {
   std::uint32_t c[4] = {static_cast<std::uint32_t>(source.step),

@@ -41,22 +41,6 @@ class RandomWords {
   alignas(64) std::uint32_t words_[count];
 };
 
-template <StateFormat>
-struct StateOf {
-  using Momentum = float;
-  using Norm = float;
-};
-template <>
-struct StateOf<StateFormat::k16Bits> {
-  using Momentum = BFloat16;
-  using Norm = BFloat16;
-};
-template <>
-struct StateOf<StateFormat::k8Bits> {
-  using Momentum = std::int8_t;
-  using Norm = std::uint8_t;
-};
-
 // Where the arrays of a tile begin.
 template <Storage storage>
 struct Tile {
@@ -118,9 +102,9 @@ void with_copies(const Arrays& memory, std::int64_t begin, std::int64_t count, c
     __builtin_memset(array.copy, others, kStateBlock * sizeof(T));
     return __builtin_memcpy(array.copy, original, count * sizeof(T));
   };
-  constexpr int kZero = 0, kNaN = 0xff;
+  constexpr int kGrad = 1, kZero = 0, kNaN = 0xff;
   const Arrays copies{.param = copy_of(0, tile.param, kZero),
-                      .grad = copy_of(1, tile.grad, kNaN),
+                      .grad = copy_of(kGrad, tile.grad, kNaN),
                       .momentum = copy_of(2, tile.momentum, kZero),
                       .norm = copy_of(3, tile.norm, kZero),
                       .average = copy_of(4, tile.average, kZero),
@@ -128,7 +112,7 @@ void with_copies(const Arrays& memory, std::int64_t begin, std::int64_t count, c
                       .remainder = copy_of(6, tile.remainder, kZero)};
   body(Tile<storage>(copies, 0));
   for (Array& array : arrays) {
-    if (array.original == nullptr || array.original == tile.grad) continue;
+    if (array.original == nullptr || &array == &arrays[kGrad]) continue;
     __builtin_memcpy(array.original, array.copy, count * array.itemsize);
   }
 }

@@ -29,17 +29,36 @@ struct Access {
   template <class V, class S>
   ADAMAX_HOST_DEVICE static void load(const S* p, V (&vectors)[width]) {
     const auto packet = *reinterpret_cast<const PacketOf<S>*>(p);
-    for (int k = 0; k < width; ++k) vectors[k] = V(scalar::to_compute(S{packet.elements[k]}));
+    for (int k = 0; k < width; ++k) read(S{packet.elements[k]}, vectors[k]);
   }
   template <class V, class S>
   ADAMAX_HOST_DEVICE static void store(const V (&vectors)[width], S* p) {
     PacketOf<S> packet;
     for (int k = 0; k < width; ++k) {
       S element;
-      scalar::to_storage(vectors[k].v, element);
+      write(vectors[k], element);
       packet.elements[k] = element;
     }
     *reinterpret_cast<PacketOf<S>*>(p) = packet;
+  }
+
+ private:
+  // Numbers, or bits of integers, of which the sign of a signed one is extended.
+  template <class T, class S>
+  ADAMAX_HOST_DEVICE static void read(S stored, scalar::Vec<T>& x) {
+    x = scalar::Vec<T>(scalar::to_compute(stored));
+  }
+  template <class S>
+  ADAMAX_HOST_DEVICE static void read(S stored, std::uint32_t& bits) {
+    bits = static_cast<std::uint32_t>(stored);
+  }
+  template <class T, class S>
+  ADAMAX_HOST_DEVICE static void write(scalar::Vec<T> x, S& stored) {
+    scalar::to_storage(x.v, stored);
+  }
+  template <class S>
+  ADAMAX_HOST_DEVICE static void write(std::uint32_t bits, S& stored) {
+    stored = static_cast<S>(bits);
   }
 };
 using ByElement = Access<1>;

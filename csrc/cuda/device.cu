@@ -111,8 +111,22 @@ class Event {
   cudaEvent_t event_;
 };
 
+__device__ float largest_of_warp(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
+  }
+  return x;
+}
+
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+constexpr int kBlocks = 0;  // that must have room at once: no matter
+template <class Kernel>
+  requires requires { Kernel::kBlocks; }
+constexpr int kBlocks<Kernel> = Kernel::kBlocks;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocks<Kernel>)
+    run(const __grid_constant__ Kernel kernel) {
   const Place place{blockIdx.x, static_cast<int>(threadIdx.x)};
   if constexpr (requires { Kernel::kShared; }) {
     __shared__ double shared[Kernel::kShared];
@@ -120,6 +134,10 @@ __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ 
       if (phase > 0) __syncthreads();
       kernel(place, shared, phase);
     }
+  } else if constexpr (requires { requires Kernel::kHasLargest; }) {
+    typename Kernel::Registers registers;
+    const float largest = kernel.first_half(place, registers);
+    kernel.second_half(place, registers, largest_of_warp(largest));
   } else {
     kernel(place);
   }

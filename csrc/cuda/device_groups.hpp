@@ -16,15 +16,6 @@ struct GroupRow {
   std::uint32_t group;
 };
 
-template <bool is_small>
-struct GroupTable {
-  static constexpr int kCapacity = (is_small ? 3'584 : 31'000) / sizeof(GroupRow);
-  GroupRow rows[kCapacity];
-  std::uint32_t count = 0;
-
-  void add(const GroupRow& row) { rows[count++] = row; }
-};
-
 ADAMAX_HOST_DEVICE double read_number(const void* memory, ScalarType type) {
   if (type == ScalarType::kFloat32) return *static_cast<const float*>(memory);
   if (type == ScalarType::kFloat64) return *static_cast<const double*>(memory);
@@ -46,10 +37,11 @@ template <bool is_small>
 struct MakeGroups {
   static constexpr const char* kName = "groups";
   static constexpr int kThreads = 32;
-  GroupTable<is_small> table;
+  RowTable<GroupRow, is_small> table;
   // By group; null where no row is computed in the type.
   GroupScalars<scalar::F32>* floats;
   GroupScalars<scalar::F64>* doubles;
+  std::uint64_t* steps;  // null where no random numbers follow from them
   DeviceLossScale loss_scale;
   int* vetoed;  // null where no number vetoes
   bool counts_steps;
@@ -84,6 +76,7 @@ struct MakeGroups {
     set_rate(s, learning_rate, bias, step);
     if (floats != nullptr) floats[row.group] = GroupScalars<scalar::F32>(s);
     if (doubles != nullptr) doubles[row.group] = GroupScalars<scalar::F64>(s);
+    if (steps != nullptr) steps[row.group] = s.step;
   }
 };
 

@@ -3,13 +3,17 @@
 //
 // A kernel is a struct of its arguments with an operator() for one of the kThreads threads of a
 // block. If those share kShared doubles, it is called for one phase after the other, with a barrier
-// between. `nvcc` wraps it (device.cu); a test runs it thread by thread on the host
+// between. If warps look for their largest number (kHasLargest), it has a first_half(), which
+// returns that of a thread, and a second_half(), which is told that of its warp; Registers are what
+// a thread keeps between. `nvcc` wraps it (device.cu); a test runs it thread by thread on the host
 // (tests/cpp/emulated_cuda.cpp).
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "adamax/dtypes.hpp"
+#include "core/bfloat16.hpp"
 #include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 #include "cuda/access.hpp"
@@ -21,6 +25,7 @@ struct Place {
   std::uint32_t block;
   int thread;
 };
+constexpr int kWarp = 32;  // threads that run together, and look for their largest number
 
 template <DType dtype>
 using Stored = typename TypeOf<dtype>::Stored;
@@ -37,18 +42,39 @@ using Vector = scalar::Vec<typename TypeOf<dtype>::Compute>;
 // `veto`, where it is set, stands for a gradient that is not finite: nothing is changed then. It is
 // looked at behind the loads of the streams, as are a clip and the scalars of a group that lie in
 // device memory, so that they are under way meanwhile.
-template <class V, bool is_small>
+template <class V, bool is_small, class TableRow = UpdateRow, int packets = 1>
 struct Elementwise {
   static constexpr int kThreads = 128;
   static constexpr int kWidth = 16 / sizeof(V);
-  static constexpr int kChunk = kThreads * kWidth;
-  Table<UpdateRow, kChunk, is_small> table;
+  static constexpr int kChunk = kThreads * kWidth * packets;
+  Table<TableRow, kChunk, is_small> table;
   Groups<V> groups;
   const int* veto;
 
   ADAMAX_HOST_DEVICE bool is_vetoed() const { return veto != nullptr && *veto != 0; }
   std::uint32_t blocks() const { return table.chunks; }
 };
+
+// Weights with a remainder.
+template <class Access, int width>
+ADAMAX_HOST_DEVICE void load_joined(const Access& access, const BFloat16* param,
+                                    const std::int16_t* remainder, scalar::F32 (&w)[width]) {
+  std::uint32_t halves[width], remainders[width];
+  access.load(&param->bits, halves);
+  access.load(remainder, remainders);
+  for (int k = 0; k < width; ++k) w[k] = joined<scalar::F32>(halves[k], remainders[k]);
+}
+template <class Access, int width>
+ADAMAX_HOST_DEVICE void store_split(const Access& access, const scalar::F32 (&w)[width],
+                                    BFloat16* param, std::int16_t* remainder) {
+  std::uint32_t halves[width], remainders[width];
+  for (int k = 0; k < width; ++k) {
+    halves[k] = half_nearest_away(w[k]);
+    remainders[k] = remainder_of(w[k]);
+  }
+  access.store(halves, &param->bits);
+  access.store(remainders, remainder);
+}
 
 template <int storage, bool has_average, bool has_accumulator, bool is_small>
 struct Update : Elementwise<Vector<storage_at(storage).param>, is_small> {
@@ -154,8 +180,9 @@ struct Accumulate : Elementwise<Vector<grad_dtype>, is_small> {
 };
 
 // The average alone, for variables without a gradient.
-template <DType dtype, bool is_small>
-struct Average : Elementwise<Vector<dtype>, is_small> {
+template <DType dtype, bool has_remainder, bool is_small>
+struct Average
+    : Elementwise<Vector<dtype>, is_small, std::conditional_t<has_remainder, TileRow, UpdateRow>> {
   static constexpr const char* kName = "average";
   using V = Vector<dtype>;
   using T = typename V::Scalar;
@@ -166,10 +193,16 @@ struct Average : Elementwise<Vector<dtype>, is_small> {
     const auto& row = piece.row;
     auto* const param = static_cast<Param*>(row.param);
     auto* const averages = static_cast<T*>(row.average);
+    std::int16_t* remainder = nullptr;
+    if constexpr (has_remainder) remainder = static_cast<std::int16_t*>(row.remainder);
     const GroupScalars<V> argument = this->groups.argument(row.group);
     const auto body = [&](auto access, std::int64_t i) {
       V w[access.width], average[access.width];
-      access.load(param + i, w);
+      if constexpr (has_remainder) {
+        load_joined(access, param + i, remainder + i, w);
+      } else {
+        access.load(param + i, w);
+      }
       access.load(averages + i, average);
       const GroupScalars<V> group = this->groups.of(row.group, argument);
       if (this->is_vetoed()) return;
@@ -177,10 +210,15 @@ struct Average : Elementwise<Vector<dtype>, is_small> {
         update_average(average[k], w[k], group.rules.average(), group.scalars);
       }
       access.store(average, averages + i);
-      if (group.rules.overwrites()) access.store(average, param + i);
+      if (!group.rules.overwrites()) return;
+      if constexpr (has_remainder) {
+        store_split(access, average, param + i, remainder + i);
+      } else {
+        access.store(average, param + i);
+      }
     };
-    for_each<this->kWidth, this->kThreads>(piece.stretch, place.thread,
-                                           alignment_of<this->kWidth>(param, averages), body);
+    for_each<this->kWidth, this->kThreads>(
+        piece.stretch, place.thread, alignment_of<this->kWidth>(param, averages, remainder), body);
   }
 };
 

@@ -16,6 +16,8 @@
 #include "cuda/kernels.hpp"
 #include "cuda/norms.hpp"
 #include "cuda/scratch.hpp"
+#include "cuda/tiles.hpp"
+#include "cuda/variable_numbers.hpp"
 
 namespace adamax::cuda {
 
@@ -38,9 +40,13 @@ class Run {
     }
     if (scratch_.num_sums > 0) sum();
     sort_rows();
+    if (scratch_.numbers != nullptr) make_numbers();
     [this]<int... k>(std::integer_sequence<int, k...>) {
       (launch_updates<k>(), ...);
     }(std::make_integer_sequence<int, kNumStorages>{});
+    [this]<int... k>(std::integer_sequence<int, k...>) {
+      (launch_tile_updates<k>(), ...);
+    }(std::make_integer_sequence<int, kNumPairs>{});
     [this]<int... k>(std::integer_sequence<int, k...>) {
       (launch_others<static_cast<DType>(k)>(), ...);
     }(std::make_integer_sequence<int, kNumDTypes>{});
@@ -79,8 +85,13 @@ class Run {
       rows.push_back({program_.groups[i], program_.device_groups[i], i});
     }
     launch_rows(std::span<const GroupRow>(rows), [&](auto is_small) {
-      return MakeGroups<is_small>{
-          {}, floats, doubles, program_.loss_scale, scratch_.vetoed, program_.counts_steps};
+      return MakeGroups<is_small>{{},
+                                  floats,
+                                  doubles,
+                                  scratch_.steps,
+                                  program_.loss_scale,
+                                  scratch_.vetoed,
+                                  program_.counts_steps};
     });
   }
   const Groups<scalar::F32>& groups_of(scalar::F32) const { return float_groups_; }
@@ -168,32 +179,68 @@ class Run {
 
   // ---- Elements ---------------------------------------------------------------------------------
 
-  std::vector<UpdateRow>* rows_like(const Row& row) {
-    switch (row.operation) {
-      case Operation::kNone:
-        return nullptr;
-      case Operation::kUpdate:
-        return &updates_[row.storage][row.memory.average != nullptr]
-                        [row.memory.accumulator != nullptr];
-      case Operation::kAccumulate:
-        return &accumulations_[static_cast<int>(row.grad_dtype())];
-      case Operation::kAverage:
-        return &averages_[static_cast<int>(row.param_dtype())];
-    }
-    __builtin_unreachable();
+  const int* veto() const {
+    return scratch_.vetoed != nullptr ? scratch_.vetoed : scratch_.not_finite;
   }
 
   void sort_rows() {
     const double* next_clip = scratch_.clips;  // of the rows that are summed
+    const VariableNumbers* next_numbers = scratch_.numbers;
     for (const Row& row : program_.rows) {
       const double* const clip = row.is_summed ? next_clip : nullptr;
       if (row.is_summed && program_.clip.rule == ClipRule::kNorm) ++next_clip;
       const Arrays& m = row.memory;
-      if (std::vector<UpdateRow>* const rows = rows_like(row)) {
-        rows->push_back({row.size, row.group, m.param, m.grad, m.momentum, m.norm, m.average,
-                         m.accumulator, clip});
+      const Storage storage = storage_at(row.storage);
+      const UpdateRow update{row.size, row.group, m.param,       m.grad, m.momentum,
+                             m.norm,   m.average, m.accumulator, clip};
+      const auto tile = [&](const VariableNumbers* numbers) {
+        float* const scales = storage.state == StateFormat::k8Bits ? m.norm_scale : nullptr;
+        return TileRow{update, storage.rounding, m.remainder, scales, numbers, row.first_element};
+      };
+      switch (row.operation) {
+        case Operation::kNone:
+          break;
+        case Operation::kUpdate:
+          if (has_numbers(row)) {
+            tile_updates_[pair_of(row)][static_cast<int>(storage.state)].push_back(
+                tile(std::exchange(next_numbers, next_numbers + num_slabs(row))));
+          } else {
+            updates_[row.storage][m.average != nullptr][m.accumulator != nullptr].push_back(update);
+          }
+          break;
+        case Operation::kAccumulate:
+          accumulations_[static_cast<int>(storage.grad)].push_back(update);
+          break;
+        case Operation::kAverage:
+          if (storage.rounding == WeightRounding::kRemainder) {
+            joined_averages_.push_back(tile(nullptr));
+          } else {
+            averages_[static_cast<int>(storage.param)].push_back(update);
+          }
       }
     }
+  }
+  static int pair_of(const Row& row) {
+    return row.storage / kNumWeightRoundings / kNumStateFormats;
+  }
+
+  // Of all rows that have some.
+  void make_numbers() {
+    std::vector<NumbersRow> rows;
+    VariableNumbers* next = scratch_.numbers;
+    for (const Row& row : program_.rows) {
+      if (!has_numbers(row)) continue;
+      const Scalars& s = program_.groups[row.group];
+      const std::int64_t first = row.first_element;
+      const bool has_scale = storage_at(row.storage).state == StateFormat::k16Bits;
+      rows.push_back({s.seed, s.step, slab_of(first), slab_of(first + row.size - 1), row.number,
+                      row.group, has_scale ? row.memory.norm_scale : nullptr,
+                      static_cast<float>(s.beta_2), next});
+      next += num_slabs(row);
+    }
+    launch_rows(std::span<const NumbersRow>(rows), [this](auto is_small) {
+      return MakeNumbers<is_small>{{}, scratch_.steps, veto()};
+    });
   }
 
   template <int storage>
@@ -211,20 +258,42 @@ class Run {
         updates_[storage][has_average][has_accumulator],
         [](auto is_small) { return Update<storage, has_average, has_accumulator, is_small>{}; });
   }
+  template <int pair>
+  void launch_tile_updates() {
+    [this]<int... k>(std::integer_sequence<int, k...>) {
+      (launch_tile_update<pair, static_cast<StateFormat>(k)>(), ...);
+    }(std::make_integer_sequence<int, kNumStateFormats>{});
+  }
+  template <int pair, StateFormat state>
+  void launch_tile_update() {
+    // In full state only what is not rounded to nearest.
+    constexpr Storage kStorage{
+        kPairs[pair].param, kPairs[pair].grad, state,
+        state == StateFormat::kFull ? WeightRounding::kStochastic : WeightRounding::kNearest};
+    if constexpr (exists(kStorage)) {
+      launch_elementwise<scalar::F32>(
+          tile_updates_[pair][static_cast<int>(state)],
+          [](auto is_small) { return TileUpdate<pair, state, is_small>{}; });
+    }
+  }
   template <DType dtype>
   void launch_others() {
     constexpr int kIndex = static_cast<int>(dtype);
     launch_elementwise<Vector<dtype>>(accumulations_[kIndex],
                                       [](auto is_small) { return Accumulate<dtype, is_small>{}; });
-    launch_elementwise<Vector<dtype>>(averages_[kIndex],
-                                      [](auto is_small) { return Average<dtype, is_small>{}; });
+    launch_elementwise<Vector<dtype>>(
+        averages_[kIndex], [](auto is_small) { return Average<dtype, false, is_small>{}; });
+    if constexpr (dtype == DType::kBFloat16) {
+      launch_elementwise<Vector<dtype>>(
+          joined_averages_, [](auto is_small) { return Average<dtype, true, is_small>{}; });
+    }
   }
-  template <class V, class Make>
-  void launch_elementwise(const std::vector<UpdateRow>& rows, const Make& make) {
+  template <class V, class TableRow, class Make>
+  void launch_elementwise(const std::vector<TableRow>& rows, const Make& make) {
     launch_rows(std::span(rows), [&](auto is_small) {
       auto kernel = make(is_small);
       kernel.groups = groups_of(V());
-      kernel.veto = scratch_.vetoed != nullptr ? scratch_.vetoed : scratch_.not_finite;
+      kernel.veto = veto();
       return kernel;
     });
   }
@@ -236,6 +305,7 @@ class Run {
   Groups<scalar::F32> float_groups_{};
   Groups<scalar::F64> double_groups_{};
   std::vector<UpdateRow> updates_[kNumStorages][2][2];  // by average, accumulator
+  std::vector<TileRow> tile_updates_[kNumPairs][kNumStateFormats], joined_averages_;
   std::vector<UpdateRow> accumulations_[kNumDTypes], averages_[kNumDTypes];
 };
 

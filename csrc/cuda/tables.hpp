@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "adamax/dtypes.hpp"
 #include "core/host_device.hpp"
+#include "core/random.hpp"
 #include "core/update_rule.hpp"
 #include "cuda/access.hpp"
 
@@ -23,7 +25,8 @@ class Rules {
               static_cast<std::uint32_t>(s.epsilon_rule) << 2 |
               static_cast<std::uint32_t>(s.average_mode) << 3 |
               static_cast<std::uint32_t>(s.overwrite) << 5 |
-              static_cast<std::uint32_t>(s.gradient_sign + 1) << 6) {}
+              static_cast<std::uint32_t>(s.clip_value != __builtin_inf()) << 6 |
+              static_cast<std::uint32_t>(s.gradient_sign + 1) << 7) {}
 
   ADAMAX_HOST_DEVICE DecayRule decay() const { return static_cast<DecayRule>(word_ & 3); }
   ADAMAX_HOST_DEVICE EpsilonRule epsilon() const {
@@ -33,7 +36,8 @@ class Rules {
     return static_cast<AverageMode>(word_ >> 3 & 3);
   }
   ADAMAX_HOST_DEVICE bool overwrites() const { return (word_ >> 5 & 1) != 0; }
-  ADAMAX_HOST_DEVICE int gradient_sign() const { return static_cast<int>(word_ >> 6) - 1; }
+  ADAMAX_HOST_DEVICE bool clips_values() const { return (word_ >> 6 & 1) != 0; }
+  ADAMAX_HOST_DEVICE int gradient_sign() const { return static_cast<int>(word_ >> 7) - 1; }
 
  private:
   std::uint32_t word_;
@@ -86,12 +90,36 @@ struct UpdateRow {
   const double* clip;  // in device memory; null: 1
 };
 
+// What is beside it in a row that is not plain: numbers of the variable in this step, which a
+// kernel makes before (variable_numbers.hpp), and what follows from them.
+struct alignas(16) VariableNumbers {
+  RandomKeys of_weights, of_momentum;
+  float scale, inverse;  // of norms in 16 bits: as they are read; 1 / that of what is stored
+};
+struct TileRow : UpdateRow {
+  WeightRounding rounding;
+  void* remainder;
+  float* norm_scale;               // of blocks in 8 bits; else null
+  const VariableNumbers* numbers;  // in device memory: for each slab of random numbers
+  std::int64_t first_element;
+};
+
 struct SumsRow {
   std::int64_t size;
   std::uint32_t group;
   const void* source;       // may be null, likewise
   const void* accumulator;  // added to the source; null in tables of kernels without it
   double* sums;             // one a chunk
+};
+
+// Of kernels with a thread for each row.
+template <class TableRow, bool is_small>
+struct RowTable {
+  static constexpr int kCapacity = (is_small ? 3'584 : 31'000) / sizeof(TableRow);
+  TableRow rows[kCapacity];
+  std::uint32_t count = 0;
+
+  void add(const TableRow& row) { rows[count++] = row; }
 };
 
 // Rows are cut into chunks of `chunk_size` elements, numbered through the table.

@@ -1,5 +1,6 @@
 // An emulated CUDA device: the kernels run thread by thread on the host, and a log tells what a GPU
 // would have been asked. Linked with csrc/cuda/module.cpp it is a module _cuda for tests.
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -90,6 +91,16 @@ class Device {
         double shared[Kernel::kShared];
         for (int phase = 0; phase < kernel.phases(); ++phase) {
           for (int thread = Kernel::kThreads; thread-- > 0;) kernel({block, thread}, shared, phase);
+        }
+      } else if constexpr (requires { requires Kernel::kHasLargest; }) {
+        std::vector<typename Kernel::Registers> registers(Kernel::kThreads);
+        float largest[Kernel::kThreads / kWarp]{};
+        for (int thread = Kernel::kThreads; thread-- > 0;) {
+          float& of_warp = largest[thread / kWarp];
+          of_warp = std::max(of_warp, kernel.first_half({block, thread}, registers[thread]));
+        }
+        for (int thread = Kernel::kThreads; thread-- > 0;) {
+          kernel.second_half({block, thread}, registers[thread], largest[thread / kWarp]);
         }
       } else {
         for (int thread = Kernel::kThreads; thread-- > 0;) kernel({block, thread});

@@ -18,13 +18,15 @@ namespace {
 struct TestVariable {
   adamax::Arrays memory;
   std::int64_t size;
-  std::int32_t storage;
-  std::uint32_t group;
+  std::int32_t pair, state, rounding;
+  std::uint32_t group, number;
+  std::int64_t first_element;
 };
 
 struct TestGroup {
   double learning_rate, beta_1, beta_2, epsilon, weight_decay, clipvalue, ema_momentum;
   std::int64_t step;
+  std::uint64_t seed;
   void* device_step;
   const void* device_learning_rate;
   std::int32_t step_type, learning_rate_type, raises_step, decay, epsilon_rule, maximize;
@@ -71,8 +73,11 @@ extern "C" [[gnu::visibility("default")]] const char* emulated_step(
 #endif
   std::vector<adamax::Variable> made;
   for (const TestVariable& v : std::span(variables, num_variables)) {
-    const adamax::DTypePair pair = adamax::kPairs[v.storage];
-    made.push_back({v.memory, v.size, {pair.param, pair.grad}, v.group});
+    const adamax::DTypePair pair = adamax::kPairs[v.pair];
+    const adamax::Storage storage{pair.param, pair.grad, static_cast<adamax::StateFormat>(v.state),
+                                  static_cast<adamax::WeightRounding>(v.rounding)};
+    made.push_back({v.memory, v.size, storage, v.group, v.number, v.first_element});
+    made.back().has_accumulated = v.memory.accumulator != nullptr;
   }
   std::vector<adamax::Group> made_groups;
   for (const TestGroup& g : std::span(groups, num_groups)) {
@@ -82,6 +87,7 @@ extern "C" [[gnu::visibility("default")]] const char* emulated_step(
     if (g.clipvalue != 0) group.clipvalue = g.clipvalue;
     group.ema_momentum = g.ema_momentum;
     group.step = g.step;
+    group.seed = g.seed;
     group.maximize = g.maximize != 0;
     group.device = {g.device_step, g.device_learning_rate,
                     static_cast<adamax::ScalarType>(g.step_type),

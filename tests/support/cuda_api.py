@@ -6,18 +6,21 @@ import numpy as np
 
 from support import emulated
 from support.bits import PAIRS
+from support.low_memory import ROUNDINGS
 
 F64, I32, I64, MEMORY = ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 SCALAR_TYPES = {np.dtype(name): i for i, name in enumerate(("float32", "float64", "int32"))}
 CLIPS = {"clipnorm": 1, "global_clipnorm": 2}
-ROLES = ("param", "grad", "m", "u", "average", "accumulator")
+ROLES = ("param", "grad", "m", "u", "average", "accumulator", "norm_scale", "remainder")
 
 
 class Variable(ctypes.Structure):
-    _fields_ = [(role, MEMORY) for role in (*ROLES, "norm_scale", "remainder")] + [
+    _fields_ = [
+        *((role, MEMORY) for role in ROLES),
         ("size", I64),
-        ("storage", I32),
-        ("group", ctypes.c_uint32),
+        *((name, I32) for name in ("pair", "state", "rounding")),
+        *((name, ctypes.c_uint32) for name in ("group", "number")),
+        ("first_element", I64),
     ]
 
 
@@ -26,6 +29,7 @@ class Group(ctypes.Structure):
         *((name, F64) for name in ("learning_rate", "beta_1", "beta_2", "epsilon")),
         *((name, F64) for name in ("weight_decay", "clipvalue", "ema_momentum")),
         ("step", I64),
+        ("seed", ctypes.c_uint64),
         ("device_step", MEMORY),
         ("device_learning_rate", MEMORY),
         *((name, I32) for name in ("step_type", "learning_rate_type", "raises_step")),
@@ -52,10 +56,17 @@ def address(array):
     return None if array is None else array.ctypes.data
 
 
-def variable_of(arrays, group):
-    pair = (arrays["param"].dtype.name, arrays["grad"].dtype.name)
-    memory = [address(arrays.get(role)) for role in ROLES]
-    return Variable(*memory, None, None, arrays["param"].size, PAIRS.index(pair), group)
+def variable_of(arrays, group, rounding="nearest", number=0, first_element=0):
+    """Of arrays by their roles; `grad` may be missing. State is of the format of its dtype."""
+    param = arrays["param"].dtype.name
+    pair = (param, arrays["grad"].dtype.name) if "grad" in arrays else (param, param)
+    state = {1: 2, 2: 1}.get(arrays["m"].itemsize, 0)
+    return Variable(
+        *(address(arrays.get(role)) for role in ROLES),
+        arrays["param"].size,
+        *(PAIRS.index(pair), state, ROUNDINGS.index(rounding)),
+        *(group, number, first_element),
+    )
 
 
 def group_of(

@@ -12,8 +12,9 @@
 //
 // A stream that is being captured into a CUDA graph is refused, because a captured step would
 // repeat its step number, unless all groups take that from device memory. What the host says
-// otherwise is repeated by each replay: a learning rate, grad_scale, overwrite. Do a step before
-// the capture: it loads the kernels.
+// otherwise is repeated by each replay: a learning rate, grad_scale, overwrite. Random numbers
+// follow from the step number, so that each replay draws others. Do a step before the capture: it
+// loads the kernels.
 #pragma once
 
 #include <cstddef>

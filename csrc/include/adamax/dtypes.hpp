@@ -68,6 +68,23 @@ enum class StateFormat : std::uint8_t {
 constexpr int kNumStateFormats = 3;
 constexpr std::int64_t kStateBlock = 256;
 
+// The C++ types that hold one element of the state of a variable that is computed in float32.
+template <StateFormat>
+struct StateOf {
+  using Momentum = float;
+  using Norm = float;
+};
+template <>
+struct StateOf<StateFormat::k16Bits> {
+  using Momentum = BFloat16;
+  using Norm = BFloat16;
+};
+template <>
+struct StateOf<StateFormat::k8Bits> {
+  using Momentum = std::int8_t;
+  using Norm = std::uint8_t;
+};
+
 // What becomes of the bits of a weight that bfloat16 has no room for.
 enum class WeightRounding : std::uint8_t {
   kNearest,     // lost, and with them every step that is small beside the weight
