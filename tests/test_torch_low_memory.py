@@ -546,7 +546,7 @@ def test_a_gathered_step_that_fails_restores_scales_and_remainders():
         ({"state_bits": [8]}, r"state_bits must be 32, 16 or 8; received \[8\]"),
         ({"weight_rounding": "up"}, "weight_rounding must be 'nearest', 'stochastic' or 'remai"),
         ({"weight_rounding": None}, "weight_rounding must be .*; received None"),
-        ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1; received -1"),
+        ({"seed": -1}, "seed must be an integer >= 0; received -1"),
         ({"seed": 2**64}, "seed must be an integer .*; received 18446744073709551616"),
         ({"seed": 1.0}, "seed must be an integer .*; received 1.0"),
         ({"seed": True}, "seed must be an integer .*; received True"),

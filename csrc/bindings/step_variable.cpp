@@ -121,7 +121,7 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, const py::obje
   }
 
   const auto import_one = [&](Role role, auto*& known, const auto& check) {
-    import_state(item(arrays, i, role), label(role, i), leases, buffer, known);
+    import_state(item(arrays, i, role), label(role, i), Access::kWrite, leases, buffer, known);
     check(label(role, i));
     place(known, buffer);
   };
