@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from contestants import CONTESTANTS
-from contestants.base import EPSILON, RATE, Work
+from contestants.base import EPSILON, RATE, Contestant, Work
 from process import Failure, Process
 from rows import OURS, OURS_TORCH, quartiles, seconds_text
 
@@ -16,9 +16,7 @@ ON_DEVICE = "on the device"  # where the bound is, if not in a library
 # Why a contestant may be left out. Everything else is a fault, and of ours these are, too.
 NO_FAULTS = ("NotImplementedError", "no answer")
 LEAST_ROUNDS, LEAST_ROUNDS_OF_BOUND = 3, 10
-# A step of three, of size RATE, may differ by this: rounding, and the two places of epsilon.
-TOLERANCE = 2e-4 * RATE
-assert EPSILON < TOLERANCE
+assert Contestant.tolerance * RATE > EPSILON  # in either of its places
 
 
 class Entry(NamedTuple):
@@ -106,7 +104,8 @@ class Run:
             return f"FAILED: {failure}"
         difference = np.abs(weights - self.expected.setdefault(full, weights)).max()
         # Negated, so that NaN differs, too.
-        return "same weights" if difference <= TOLERANCE else f"DIFFERENT by {difference:.1e}"
+        is_same = difference <= CONTESTANTS[process.name].tolerance * RATE
+        return "same weights" if is_same else f"DIFFERENT by {difference:.1e}"
 
     def process(self, entry: Entry) -> Process:
         """Return the running process for `entry`, a new one if an earlier work has ended it."""

@@ -13,6 +13,9 @@ OPTAX = "optax adamax, jit"
 KERAS_JAX, KERAS_TORCH = "Keras Adamax, JAX", "Keras Adamax, torch"
 # Whose places our classes for other frameworks than torch take.
 PEER_OF = {OURS_JAX: OPTAX, OURS_KERAS_TORCH: KERAS_TORCH, OURS_KERAS_JAX: KERAS_JAX}
+OURS_16, OURS_8 = f"{OURS}, state in 16 bits", f"{OURS}, state in 8 bits"
+OURS_CLASS_8 = f"{OURS_CLASS}, 8 bits"
+PEERS_8 = ("bitsandbytes Adam, 8 bits", "torchao Adam, 8 bits")
 LOOP, FOREACH = "torch Adamax, for-loop", "torch Adamax, foreach"
 FUSED = "torch AdamW, fused"
 Row = dict[str, Any]

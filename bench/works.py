@@ -8,10 +8,23 @@ from typing import Any
 from contestants import CONTESTANTS
 from contestants.base import Work
 from duels import Entry
-from rows import FOREACH, FUSED, LOOP, OURS, OURS_CLASS, OURS_TORCH, PEER_OF
+from rows import (
+    FOREACH,
+    FUSED,
+    LOOP,
+    OURS,
+    OURS_8,
+    OURS_16,
+    OURS_CLASS,
+    OURS_CLASS_8,
+    OURS_TORCH,
+    PEER_OF,
+    PEERS_8,
+)
 
 OURS_FLAT = "adamax_ext, one flat array"
-PEERS = [name for name in CONTESTANTS if not name.startswith(OURS)]
+LOW_MEMORY = (OURS_16, OURS_8, OURS_CLASS_8, *PEERS_8)
+PEERS = [n for n in CONTESTANTS if not n.startswith(OURS) and n not in LOW_MEMORY]
 CLASSES = (OURS_CLASS, LOOP, FOREACH, FUSED)  # that are an import apart
 
 GPT2_BLOCK = (
@@ -47,10 +60,11 @@ def cpu_plan(threads: int, quick: bool) -> Iterator[list[Entry]]:
         work = power(exponent)
         yield [
             *entries(work, threads, *(everyone if exponent in with_peers else (OURS,))),
+            *entries(work, threads, *(LOW_MEMORY if exponent in (14, large) else ())),
             *entries(work, 1, *((OURS,) if exponent in one_thread and threads > 1 else ())),
         ]
     yield entries(power(large, full=True), threads, *everyone)
-    yield entries(power(large, dtype="bfloat16"), threads, *everyone)
+    yield entries(power(large, dtype="bfloat16"), threads, *everyone, *LOW_MEMORY)
     for backward in (False, True):
         name = f"{many} x 256{' after backward' * backward}"
         work = Work(name, ((256,),) * many, after_backward=backward)

@@ -41,13 +41,14 @@ class AdamaxExt(Contestant):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "numpy")
+    options: ClassVar[dict[str, Any]] = {}  # beside those of the work
 
     def __init__(self, work: Work, device: str, params: list[Any], rate: float) -> None:
         import adamax_ext
 
         self.work, self.params = work, params
         self.optimizer = adamax_ext.Adamax(
-            rate, *BETAS, EPSILON, **(FULL_OPTIONS if work.full else {})
+            rate, *BETAS, EPSILON, **(FULL_OPTIONS if work.full else {}), **self.options
         )
         self.optimizer.build(params)
 
@@ -129,6 +130,25 @@ class AdamaxExtFlat(AdamaxExt):
         super().load([np.concatenate([g.ravel() for g in grads])])
 
 
+class AdamaxExt16(AdamaxExt):
+    """State in 16 bits, whose first moments are rounded at random."""
+
+    options: ClassVar[dict[str, Any]] = {"state_bits": 16}
+    tolerance = 2e-2
+
+    def state_bytes(self, work: Work) -> int:
+        return 2
+
+
+class AdamaxExt8(AdamaxExt):
+    """State in 8 bits; bfloat16 weights are rounded at random."""
+
+    options: ClassVar[dict[str, Any]] = {"state_bits": 8, "weight_rounding": "stochastic"}
+
+    def state_bytes(self, work: Work) -> int:
+        return 1
+
+
 class AdamaxExtTorch(AdamaxExt):
     """`adamax_ext.Adamax` on torch tensors, on the device."""
 
@@ -173,16 +193,28 @@ class AdamaxExtClass(Torch):
 
     packages: ClassVar[tuple[str, ...]] = ("adamax_ext", "torch")
     decays_itself = True
+    options: ClassVar[dict[str, Any]] = {}
 
     def make_optimizer(self) -> Any:
         from adamax_ext.torch import Adamax
 
         return Adamax(
-            *(self.groups, self.rate, BETAS, EPSILON, self.decay), decoupled_weight_decay=True
+            *(self.groups, self.rate, BETAS, EPSILON, self.decay),
+            decoupled_weight_decay=True,
+            **self.options,
         )
 
     def state_bytes(self, work: Work) -> int:
         return STATE_BYTES[work.dtype]
+
+
+class AdamaxExtClass8(AdamaxExtClass):
+    """The same with state in 8 bits; bfloat16 weights are rounded at random."""
+
+    options: ClassVar[dict[str, Any]] = {"state_bits": 8, "weight_rounding": "stochastic"}
+
+    def state_bytes(self, work: Work) -> int:
+        return 1
 
 
 class AdamaxExtJax(Optax):

@@ -127,6 +127,37 @@ class TorchAdamW(Torch):
         )
 
 
+class Bitsandbytes8(Torch):
+    """State in 8 bits: codes of a map, with a scale for each 256 elements."""
+
+    rule = "Adam"
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "torch")
+
+    def make_optimizer(self) -> Any:
+        from bitsandbytes.optim import Adam8bit
+
+        return Adam8bit(self.params, self.rate, BETAS, EPSILON)
+
+    def state_bytes(self, work: Work) -> int:
+        return 1
+
+
+class Torchao8(Torch):
+    """The same codes, under torch.compile; bfloat16 weights are rounded at random."""
+
+    rule = "Adam"
+    packages: ClassVar[tuple[str, ...]] = ("torchao", "torch")
+
+    def make_optimizer(self) -> Any:
+        from torchao.optim import Adam8bit
+
+        is_small = self.params[0].dtype == self.torch.bfloat16
+        return Adam8bit(self.params, self.rate, BETAS, EPSILON, bf16_stochastic_round=is_small)
+
+    def state_bytes(self, work: Work) -> int:
+        return 1
+
+
 class DeepSpeed(Torch):
     """DeepSpeed's Adam for offloading; it compiles itself at its first use, in some minutes."""
 
