@@ -24,7 +24,7 @@ from rows import (
 
 OURS_FLAT = "adamax_ext, one flat array"
 LOW_MEMORY = (OURS_16, OURS_8, OURS_CLASS_8, *PEERS_8)
-PEERS = [n for n in CONTESTANTS if not n.startswith(OURS) and n not in LOW_MEMORY]
+PEERS = [n for n in CONTESTANTS if not n.startswith(OURS) and n not in PEERS_8]
 CLASSES = (OURS_CLASS, LOOP, FOREACH, FUSED)  # that are an import apart
 
 GPT2_BLOCK = (

@@ -26,10 +26,12 @@ RUNS = {
     "float32, state in 32 bits": (torch.float32, {}),
     "bfloat16, nearest": (torch.bfloat16, {}),
     "bfloat16, stochastic, state in 8 bits": (
-        *(torch.bfloat16, {"weight_rounding": "stochastic", "state_bits": 8}),
+        torch.bfloat16,
+        {"weight_rounding": "stochastic", "state_bits": 8},
     ),
     "bfloat16, remainder, state in 8 bits": (
-        *(torch.bfloat16, {"weight_rounding": "remainder", "state_bits": 8}),
+        torch.bfloat16,
+        {"weight_rounding": "remainder", "state_bits": 8},
     ),
 }
 
@@ -107,7 +109,7 @@ def train(make_optimizer, dtype, steps, seed=0):
     generator.manual_seed(0)  # all are tested on the same
     with torch.no_grad():
         tests = [loss_of(model, batch_of(held_out, generator)).item() for _ in range(40)]
-    kept = [p for p in model.parameters()]
+    kept = list(model.parameters())
     kept += [x for state in optimizer.state.values() for x in state.values() if x.dim() > 0]
     weights = sum(p.numel() for p in model.parameters())
     return losses, sum(tests) / len(tests), sum(x.nbytes for x in kept) / weights

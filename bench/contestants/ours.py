@@ -23,6 +23,7 @@ from contestants.base import (
 from contestants.jax_peers import Keras, KerasJax, KerasTorch, Optax
 from contestants.torch_peers import Torch, backward, tensor, wait
 
+IN_8_BITS = {"state_bits": 8, "weight_rounding": "stochastic"}
 STATE_BYTES = {**dict.fromkeys(ITEMSIZES, 4), "float64": 8}
 
 
@@ -62,7 +63,7 @@ class AdamaxExt(Contestant):
         return self.params
 
     def state_bytes(self, work: Work) -> int:
-        return STATE_BYTES[work.dtype]
+        return self.options.get("state_bits", 8 * STATE_BYTES[work.dtype]) // 8
 
     def turns(self, bound: str | None, threads: int) -> Turns:
         """The step, and the bound of its traffic in each of its variants.
@@ -136,17 +137,11 @@ class AdamaxExt16(AdamaxExt):
     options: ClassVar[dict[str, Any]] = {"state_bits": 16}
     tolerance = 2e-2
 
-    def state_bytes(self, work: Work) -> int:
-        return 2
-
 
 class AdamaxExt8(AdamaxExt):
     """State in 8 bits; bfloat16 weights are rounded at random."""
 
-    options: ClassVar[dict[str, Any]] = {"state_bits": 8, "weight_rounding": "stochastic"}
-
-    def state_bytes(self, work: Work) -> int:
-        return 1
+    options: ClassVar[dict[str, Any]] = IN_8_BITS
 
 
 class AdamaxExtTorch(AdamaxExt):
@@ -205,16 +200,13 @@ class AdamaxExtClass(Torch):
         )
 
     def state_bytes(self, work: Work) -> int:
-        return STATE_BYTES[work.dtype]
+        return self.options.get("state_bits", 8 * STATE_BYTES[work.dtype]) // 8
 
 
 class AdamaxExtClass8(AdamaxExtClass):
     """The same with state in 8 bits; bfloat16 weights are rounded at random."""
 
-    options: ClassVar[dict[str, Any]] = {"state_bits": 8, "weight_rounding": "stochastic"}
-
-    def state_bytes(self, work: Work) -> int:
-        return 1
+    options: ClassVar[dict[str, Any]] = IN_8_BITS
 
 
 class AdamaxExtJax(Optax):

@@ -116,7 +116,7 @@ Memory::Memory(std::span<const std::int64_t> sizes, const Streams& streams) {
                           size,
                           streams.storage});
     begin += size;
-    block += (size + adamax::kStateBlock - 1) / adamax::kStateBlock;
+    block += number_of_scales(size, adamax::StateFormat::k8Bits);
   }
 }
 

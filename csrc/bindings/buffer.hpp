@@ -67,8 +67,6 @@ inline bool holds_bfloat16(const Buffer& buffer) {
 }
 // The format of the state of `param`, by its first moment; throws TypeError if it is none.
 StateFormat state_format(const Buffer& momentum, const Label& label, const Buffer& param);
-// Of the norm of a variable in fewer bits.
-std::int64_t number_of_scales(std::int64_t size, StateFormat format);
 // Throw TypeError or ValueError unless the array is what `param` keeps in a format: an average or
 // an accumulator, its norm, the scales of that, and what its weights do not hold.
 void require_computed(const Buffer& buffer, const Label& label, const Buffer& param);

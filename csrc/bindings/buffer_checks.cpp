@@ -90,10 +90,6 @@ void require_norm(const Buffer& buffer, const Label& label, const Buffer& param,
                     param);
 }
 
-std::int64_t number_of_scales(std::int64_t size, StateFormat format) {
-  return format == StateFormat::k16Bits ? 1 : (size + kStateBlock - 1) / kStateBlock;
-}
-
 void require_norm_scale(const Buffer& buffer, const Label& label, const Buffer& param,
                         StateFormat format) {
   if (buffer.dtype != DType::kFloat32) throw_state_dtype(buffer, label, "float32", param);

@@ -10,6 +10,7 @@
 
 #include "core/bfloat16.hpp"
 #include "core/host_device.hpp"
+#include "core/update_rule.hpp"
 #include "core/vec_scalar.hpp"
 
 namespace adamax {
@@ -22,6 +23,16 @@ ADAMAX_HOST_DEVICE float next_variable_scale(float scale, float beta_2) {
   if (scale == 0.0f) return 1.0f;
   while (scale > 0.0f && scale <= 0.5f) scale = scale * 2.0f;
   return scale;
+}
+
+// `drawn` is a random byte, in the middle of what the lower half of the bits may be.
+template <class V>
+ADAMAX_HOST_DEVICE BitsOf<V> momentum_half(V m, BitsOf<V> drawn) {
+  return half_at_random(m, (drawn << 8) + 128u);
+}
+template <class V>
+ADAMAX_HOST_DEVICE BitsOf<V> norm_half(V u, V inverse) {
+  return half_nearest_away(u * inverse);
 }
 
 // ---- 8 bits -------------------------------------------------------------------------------------
@@ -50,6 +61,16 @@ ADAMAX_HOST_DEVICE V decoded_ratio(BitsOf<V> code) {
   const BitsOf<V> magnitude = V::unsigned_bits(number < 0 ? -number : number);
   const V ratio = V::from_bits((magnitude << kCodeShift) + kRatioOffsetBits) - V(kRatioOffset);
   return V::from_bits(ratio.bits() | (code & 0x80000000u));
+}
+
+// The moments of an element from their codes, as a step moves them.
+template <class V>
+ADAMAX_HOST_DEVICE void move_moments(V& m, V& u, BitsOf<V> momentum_code, BitsOf<V> norm_code,
+                                     V scale, V h, EpsilonRule epsilon, const VectorScalars<V>& s) {
+  u = decoded_norm(norm_code, scale);
+  m = decoded_ratio<V>(momentum_code) * divisor(u, epsilon, s);
+  m = m + (h - m) * s.one_minus_beta_1;
+  u = larger_number(magnitude(h, epsilon, s), u * s.beta_2);  // not a NaN of the gradient
 }
 
 // Of the largest norm of a block below kPoison: the scale decays as the norms do, and grows by

@@ -200,9 +200,7 @@ Program make_norm_program(std::span<const ConstBuffer> buffers) {
                             0,
                             static_cast<std::uint8_t>(index),
                             Operation::kNone,
-                            /*is_summed=*/true,
-                            0,
-                            0});
+                            /*is_summed=*/true});
   }
   return program;
 }

@@ -26,9 +26,9 @@ struct Row {
   std::uint32_t group;     // whose scalars count
   std::uint8_t storage;    // storage_at()
   Operation operation;
-  bool is_summed;        // counts for norms and finiteness
-  std::uint32_t number;  // for random numbers
-  std::int64_t first_element;
+  bool is_summed;            // counts for norms and finiteness
+  std::uint32_t number = 0;  // for random numbers
+  std::int64_t first_element = 0;
 
   DType param_dtype() const { return storage_at(storage).param; }
   DType grad_dtype() const { return storage_at(storage).grad; }

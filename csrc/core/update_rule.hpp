@@ -55,19 +55,26 @@ ADAMAX_HOST_DEVICE V decayed(V w, DecayRule decay, const VectorScalars<V>& s) {
   return decay == DecayRule::kDecoupled ? w - w * s.decay : w;
 }
 
+// Epsilon has one of two places: in what the norm is compared with, or in what divides.
+template <class V>
+ADAMAX_HOST_DEVICE V magnitude(V h, EpsilonRule epsilon, const VectorScalars<V>& s) {
+  return epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
+}
+template <class V>
+ADAMAX_HOST_DEVICE V divisor(V u, EpsilonRule epsilon, const VectorScalars<V>& s) {
+  return epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
+}
+
 // From there on: with `h` limited and `w` decayed.
 template <class V>
 ADAMAX_HOST_DEVICE void update_limited(V& w, V h, V& m, V& u, EpsilonRule epsilon,
                                        const VectorScalars<V>& s) {
   const V tiny(kTiny<typename V::Scalar>);
-  const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
   m = zero_below(m + (h - m) * s.one_minus_beta_1, tiny);
   // With epsilon inside, u falls no further than there, and a smaller one may be what divides.
   const V quiet_norm = epsilon == EpsilonRule::kInside ? V(0) : tiny;
-  u = zero_below(maximum(u * s.beta_2, magnitude), quiet_norm);
-
-  const V denominator = epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
-  w = w - (s.rate * m) / denominator;
+  u = zero_below(maximum(u * s.beta_2, magnitude(h, epsilon, s)), quiet_norm);
+  w = w - (s.rate * m) / divisor(u, epsilon, s);
 }
 
 // `h` is the gradient after unscaling and averaging over micro-batches.

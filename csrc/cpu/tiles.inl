@@ -5,7 +5,7 @@
 // variable is worked on in a copy. A step of a tile is update_elements(), or update_block() for 8
 // bits; gradients that need work get a pass of their own before, averages one behind.
 //
-// Note [Passes]: each goes over the tile in groups of four vectors, which share stores of 8 and 16
+// Each pass goes over the tile in groups of four vectors, which share stores of 8 and 16
 // bits. What waits for what should be short in each: a processor looks a few hundred instructions
 // ahead, and should find other vectors there.
 
@@ -272,10 +272,10 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     if constexpr (kSmall) {
       V::Bits halves[4];
       for (int k = 0; k < 4; ++k) {
-        halves[k] = half_at_random(m[k], (V::load_bits(drawn + i + k * V::kLanes) << 8) + 128u);
+        halves[k] = momentum_half(m[k], V::load_bits(drawn + i + k * V::kLanes));
       }
       V::store_halves(halves, &tile.momentum[i].bits);
-      for (int k = 0; k < 4; ++k) halves[k] = half_nearest_away(u[k] * inverse);
+      for (int k = 0; k < 4; ++k) halves[k] = norm_half(u[k], inverse);
       V::store_halves(halves, &tile.norm[i].bits);
     } else {
       for (int k = 0; k < 4; ++k) {
@@ -302,9 +302,6 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
   using V = F32;
   const VectorScalars<V> s = step.s;
   const float beta_2 = static_cast<float>(step.scalars.beta_2);
-  const auto divisor = [&](V u) __attribute__((always_inline)) {
-    return epsilon == EpsilonRule::kInside ? u : u + s.epsilon;
-  };
 
   // The moments as they move.
   alignas(64) float momentum[kStateBlock], norm[kStateBlock];
@@ -316,12 +313,9 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     prefetch_four(tile.norm + i);
     for (int k = 0; k < 4; ++k) {
       const int e = i + k * V::kLanes;
-      const V h = V::load(grad + e);
-      const V magnitude = epsilon == EpsilonRule::kInside ? abs(h) + s.epsilon : abs(h);
-      V u = decoded_norm(V::load_bits(tile.norm + e), old_scale);
-      V m = decoded_ratio<V>(V::load_bits(tile.momentum + e)) * divisor(u);
-      m = m + (h - m) * s.one_minus_beta_1;
-      u = larger_number(magnitude, u * s.beta_2);  // not a NaN of the gradient
+      V m, u;
+      move_moments(m, u, V::load_bits(tile.momentum + e), V::load_bits(tile.norm + e), old_scale,
+                   V::load(grad + e), epsilon, s);
       m.store(momentum + e);
       u.store(norm + e);
       largest = larger_number(u, largest);
@@ -345,7 +339,7 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
       const V::Bits rounded = rounded_norm(V::load(norm + e), inverse);
       codes[k] = norm_code<V>(rounded);
       const V u = stored_norm(rounded, new_scale);
-      (V::load(momentum + e) / divisor(u)).store(momentum + e);
+      (V::load(momentum + e) / divisor(u, epsilon, s)).store(momentum + e);
     }
     V::store_bytes(codes, tile.norm + i);
   }

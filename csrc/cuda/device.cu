@@ -119,7 +119,7 @@ __device__ float largest_of_warp(float x) {
 }
 
 template <class Kernel>
-constexpr int kBlocks = 0;  // that must have room at once: no matter
+constexpr int kBlocks = 0;  // that a multiprocessor must have room for; 0: any number
 template <class Kernel>
   requires requires { Kernel::kBlocks; }
 constexpr int kBlocks<Kernel> = Kernel::kBlocks;

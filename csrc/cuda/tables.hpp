@@ -25,8 +25,7 @@ class Rules {
               static_cast<std::uint32_t>(s.epsilon_rule) << 2 |
               static_cast<std::uint32_t>(s.average_mode) << 3 |
               static_cast<std::uint32_t>(s.overwrite) << 5 |
-              static_cast<std::uint32_t>(s.clip_value != __builtin_inf()) << 6 |
-              static_cast<std::uint32_t>(s.gradient_sign + 1) << 7) {}
+              static_cast<std::uint32_t>(s.gradient_sign + 1) << 6) {}
 
   ADAMAX_HOST_DEVICE DecayRule decay() const { return static_cast<DecayRule>(word_ & 3); }
   ADAMAX_HOST_DEVICE EpsilonRule epsilon() const {
@@ -36,8 +35,7 @@ class Rules {
     return static_cast<AverageMode>(word_ >> 3 & 3);
   }
   ADAMAX_HOST_DEVICE bool overwrites() const { return (word_ >> 5 & 1) != 0; }
-  ADAMAX_HOST_DEVICE bool clips_values() const { return (word_ >> 6 & 1) != 0; }
-  ADAMAX_HOST_DEVICE int gradient_sign() const { return static_cast<int>(word_ >> 7) - 1; }
+  ADAMAX_HOST_DEVICE int gradient_sign() const { return static_cast<int>(word_ >> 6) - 1; }
 
  private:
   std::uint32_t word_;

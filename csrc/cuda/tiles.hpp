@@ -262,12 +262,10 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
                 [&](auto lane) { lane.store(Packed<float>{}, accumulator); });
     }
 
-    if (row.clip != nullptr || r.group.rules.clips_values()) {
-      const V scale(row.clip != nullptr ? static_cast<float>(*row.clip) : 1.0f);
-      for (V& x : h) x = clamp(x * scale, s.clip_value);
+    if (row.clip != nullptr) {
+      s.clip_scale = V(static_cast<float>(*row.clip));
+      s.clips = true;
     }
-    s.clips = false;  // no more
-
     const DecayRule decay = r.group.rules.decay();
     const EpsilonRule epsilon = r.group.rules.epsilon();
     if constexpr (state != StateFormat::k8Bits) {
@@ -279,15 +277,10 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
       }
       return 0.0f;
     } else {
-      if (decay == DecayRule::kL2) {
-        for (int k = 0; k < kOfLane; ++k) h[k] = limited(h[k], r.w[k], decay, s);
-      }
-      const V inside(epsilon == EpsilonRule::kInside ? s.epsilon.v : 0.0f);
       for (int k = 0; k < kOfLane; ++k) {
-        const V u = decoded_norm(Bits{norms[k]}, r.block_scale[0]);
-        const V m = decoded_ratio<V>(static_cast<Bits>(momenta[k])) * (u + epsilon_outside(r));
-        r.m[k] = m + (h[k] - m) * s.one_minus_beta_1;
-        r.u[k] = larger_number(abs(h[k]) + inside, u * s.beta_2);  // not a NaN of the gradient
+        h[k] = limited(h[k], r.w[k], decay, s);
+        move_moments(r.m[k], r.u[k], static_cast<Bits>(momenta[k]), Bits{norms[k]},
+                     r.block_scale[0], h[k], epsilon, s);
       }
       V largest(0.0f);
       for (const V u : r.u) largest = larger_number(u, largest);
@@ -331,8 +324,8 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
       }
     } else if constexpr (state == StateFormat::k16Bits) {
       for (int k = 0; k < kOfLane; ++k) {
-        momenta.set(k, half_at_random(r.m[k], (byte_of(k) << 8) + 128u));
-        norms.set(k, half_nearest_away(r.u[k] * V(r.numbers.inverse)));
+        momenta.set(k, momentum_half(r.m[k], byte_of(k)));
+        norms.set(k, norm_half(r.u[k], V(r.numbers.inverse)));
       }
     } else {
       r.block_scale[0] = V(next_block_scale(r.block_scale[0].v, largest, s.beta_2.v));
@@ -342,7 +335,8 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
         const Bits rounded = rounded_norm(r.u[k], inverse);
         const Bits code = norm_code<V>(rounded);
         norms.set(k, code < 255 ? code : 255);
-        const V ratio = r.m[k] / (stored_norm(rounded, r.block_scale[0]) + epsilon_outside(r));
+        const V u = stored_norm(rounded, r.block_scale[0]);
+        const V ratio = r.m[k] / divisor(u, r.group.rules.epsilon(), s);
         momenta.set(k, ratio_code(ratio, byte_of(k)) & 0xffu);
         r.w[k] = decayed(r.w[k], decay, s) - s.rate * ratio;
       }
@@ -405,9 +399,6 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
  private:
   ADAMAX_HOST_DEVICE static std::uint64_t block_of(std::int64_t begin) {
     return static_cast<std::uint64_t>(begin) / kStateBlock;
-  }
-  ADAMAX_HOST_DEVICE static V epsilon_outside(const Registers& r) {
-    return r.group.rules.epsilon() == EpsilonRule::kInside ? V(0.0f) : r.group.scalars.epsilon;
   }
 };
 

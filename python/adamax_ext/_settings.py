@@ -68,6 +68,10 @@ def integer(name: str, value: Any, least: int, most: int = 2**53, multiple_of: i
     return int(value)
 
 
+def seed(name: str, value: Any) -> int:
+    return integer(name, value, least=0, most=2**64 - 1)
+
+
 def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False; received {value!r}")

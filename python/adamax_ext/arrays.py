@@ -71,13 +71,7 @@ def memory_order(array: Any, role: str, index: int) -> tuple[int, ...]:
 def in_memory_order(array: HostArray, order: Sequence[int]) -> HostArray:
     """Return an array whose axes that are longer than 1 lie in memory in that order."""
     axes = [*order, *(axis for axis in range(array.ndim) if axis not in order)]
-    return (
-        np.ascontiguousarray(array.transpose(axes))
-        .reshape(
-            [array.shape[axis] for axis in axes]  # of no axes ascontiguousarray makes one
-        )
-        .transpose(np.argsort(axes))
-    )
+    return np.asarray(array.transpose(axes), order="C").transpose(np.argsort(axes))
 
 
 def host_dtype(dtype: str) -> str:

@@ -155,19 +155,14 @@ def require_format(state_dict: dict[str, Any]) -> None:
         )
 
 
-def low_memory(
+def format_entries(
     state_bits: int, weight_rounding: str, seed: int, memory_order: dict[str, list[int]]
 ) -> dict[str, Any]:
     """Return the version, and the entries of `LOW_MEMORY` where they are not the defaults."""
-    if (state_bits, weight_rounding, seed) == (32, "nearest", 0):
+    options = {"state_bits": state_bits, "weight_rounding": weight_rounding, "seed": seed}
+    if options == low_state.DEFAULTS:
         return {"format_version": FORMAT_VERSION}
-    return {
-        "format_version": 3,
-        "state_bits": state_bits,
-        "weight_rounding": weight_rounding,
-        "seed": seed,
-        "memory_order": memory_order,
-    }
+    return {"format_version": 3, **options, "memory_order": memory_order}
 
 
 def absent_kinds(

@@ -19,7 +19,6 @@ _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 # Once there are arrays for them, and steps done with them.
 _FIXED = ("use_ema", "gradient_accumulation_steps", "state_bits", "weight_rounding", "seed")
 # Not in a config with these values: Keras has no such settings.
-_NOT_OF_KERAS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
 # What Keras 2 wrote into a config beside the settings, and the values that change nothing.
 _LEFTOVERS = {
     "decay": (None, 0.0),
@@ -49,7 +48,7 @@ class Configured(Saveable):
         "name": _settings.string,
         "state_bits": partial(_settings.one_of, choices=low_state.BITS),
         "weight_rounding": partial(_settings.one_of, choices=low_state.ROUNDINGS),
-        "seed": partial(_settings.integer, least=0, most=2**64 - 1),
+        "seed": _settings.seed,
     }
 
     def __init__(
@@ -170,7 +169,7 @@ class Configured(Saveable):
         they are not the defaults.
         """
         settings = {key: getattr(self, key) for key in self.checks}
-        for key, default in _NOT_OF_KERAS.items():
+        for key, default in low_state.DEFAULTS.items():
             if settings[key] == default:
                 del settings[key]
         rate = rates.to_config(self.progress.learning_rate)

@@ -54,16 +54,11 @@ def convert_state(
         converted[name] = _converted(name, kinds, order, state_bits, epsilon)
         if order is not None and converted[name]["norm"].dtype == np.uint8:
             kept_orders[name] = order
-    low_memory = checkpoint.low_memory(
+    entries = checkpoint.format_entries(
         state_bits, own.get("weight_rounding", "nearest"), own.get("seed", 0), kept_orders
     )
-    others = state_dict.keys() - checkpoint.LOW_MEMORY - {"format_version", "state"}
-    return {
-        "format_version": low_memory["format_version"],
-        **{key: state_dict[key] for key in state_dict if key in others},
-        **low_memory,
-        "state": converted,
-    }
+    others = {k: v for k, v in state_dict.items() if k not in checkpoint.LOW_MEMORY}
+    return {**others, **entries, "state": converted}
 
 
 def _converted(

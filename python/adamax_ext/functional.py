@@ -115,7 +115,7 @@ def update(
     group.clipvalue = None if clipvalue is None else _settings.number("clipvalue", clipvalue)
     group.ema_momentum = _settings.number("ema_momentum", ema_momentum)
     scale = _settings.real("grad_scale", grad_scale, "that is finite", lambda x: True)
-    group.seed = _settings.integer("seed", seed, least=0, most=2**64 - 1)
+    group.seed = _settings.seed("seed", seed)
     _core.update(
         param,
         grad,

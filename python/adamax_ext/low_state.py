@@ -11,9 +11,10 @@ from adamax_ext import _core, arrays
 BITS = (32, 16, 8)
 ROUNDINGS = ("nearest", "stochastic", "remainder")
 BLOCK = 256  # elements that share a scale in 8 bits
+DEFAULTS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
 _SMALLEST = 4096  # fewer elements keep float32 state where others have 8 bits
 _STATE = ("momentum", "norm")
-_DTYPES = {16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}
+DTYPES = {16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}
 
 # Arrays of one variable by kind.
 Kinds: TypeAlias = dict[str, arrays.Array]
@@ -38,14 +39,14 @@ def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding
         )
     size = math.prod(shape)
     bits = bits_of(state_bits, size)
-    dtypes = _DTYPES.get(bits, (None, None))
+    dtypes = DTYPES.get(bits, (None, None))
 
     def zeros(dtype: str | None, length: int | None = None) -> arrays.Array:
         return arrays.zeros_for(variable, "variables", index, dtype, length)
 
     kept = {kind: zeros(dtype) for kind, dtype in zip(_STATE, dtypes, strict=True)}
     if bits < 32:
-        kept["norm_scale"] = zeros("float32", _scales(bits, size))
+        kept["norm_scale"] = zeros("float32", number_of_scales(bits, size))
     if bits == 16:
         arrays.assign(kept["norm_scale"], np.ones(1, np.float32))
     if weight_rounding == "remainder" and of_weights == "bfloat16":
@@ -53,7 +54,8 @@ def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding
     return kept
 
 
-def _scales(bits: int, size: int) -> int:
+def number_of_scales(bits: int, size: int) -> int:
+    """Return how many numbers the scales of so many norms are."""
     return 1 if bits == 16 else -(-size // BLOCK)
 
 
@@ -75,9 +77,9 @@ def encoded(state: HostKinds, bits: int, epsilon: float) -> HostKinds:
     """Return float32 state in 16 or 8 bits, to nearest; as `decoded` about memory order."""
     kept = {
         kind: np.empty_like(state[kind], arrays.host_dtype(dtype))
-        for kind, dtype in zip(_STATE, _DTYPES[bits], strict=True)
+        for kind, dtype in zip(_STATE, DTYPES[bits], strict=True)
     }
-    kept["norm_scale"] = np.empty(_scales(bits, state["norm"].size), np.float32)
+    kept["norm_scale"] = np.empty(number_of_scales(bits, state["norm"].size), np.float32)
     _core.encode_state(state["momentum"], state["norm"], epsilon, **kept)
     return kept
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from adamax_ext import _settings, arrays, rates
 from adamax_ext.arrays import Array, HostArray
 from adamax_ext.configuration import Configured
@@ -209,10 +207,7 @@ class Adamax(Configured):
         if name not in state.names:
             raise ValueError(f"name must be one of {state.names}; received {name!r}")
         decoded = state.decoded(state.names.index(name), self.epsilon)
-        return {
-            kind: np.array(arrays.as_stored(array), order="C")
-            for kind, array in zip(("momentum", "norm"), decoded, strict=True)
-        }
+        return {kind: arrays.to_host(array) for kind, array in decoded.items()}
 
     # ---- Steps -----------------------------------------------------------------------------------
 

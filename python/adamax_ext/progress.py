@@ -48,7 +48,7 @@ class Progress:
         """Return a copy of what an optimizer that accumulates so many `steps` saves."""
         assert self.state is not None
         state, rate = self.state, self.learning_rate
-        low_memory = checkpoint.low_memory(
+        low_memory = checkpoint.format_entries(
             state.state_bits, state.weight_rounding, self.seed, state.orders_of_blocks()
         )
         return {

@@ -25,8 +25,8 @@ class State:
         names: Sequence[str],
         groups: Sequence[int],
         kinds: Iterable[str],
-        state_bits: int = 32,
-        weight_rounding: str = "nearest",
+        state_bits: int,
+        weight_rounding: str,
     ) -> None:
         self.variables, self.names, self.groups = tuple(variables), list(names), list(groups)
         self.kinds, self.state_bits, self.weight_rounding = list(kinds), state_bits, weight_rounding
@@ -70,15 +70,15 @@ class State:
 
     # ---- As numbers ------------------------------------------------------------------------------
 
-    def decoded(self, i: int, epsilon: float) -> tuple[arrays.Array, arrays.Array]:
+    def decoded(self, i: int, epsilon: float) -> low_state.Kinds:
         """Return momentum and norm of a variable: live, or copies if they are in fewer bits."""
         kept = self.kept[i]
-        if "norm_scale" in kept:
-            kept = low_state.decoded(
-                {kind: arrays.as_stored(kept[kind]) for kind in ("momentum", "norm", "norm_scale")},
-                epsilon,
-            )
-        return kept["momentum"], kept["norm"]
+        if "norm_scale" not in kept:
+            return {kind: kept[kind] for kind in ("momentum", "norm")}
+        return low_state.decoded(
+            {kind: arrays.as_stored(kept[kind]) for kind in ("momentum", "norm", "norm_scale")},
+            epsilon,
+        )
 
     def weights(self, i: int) -> arrays.HostArray:
         """Return the weights of a variable, with their remainders as float32."""
@@ -111,7 +111,7 @@ class State:
         """
         result = [kept[kind] for kind in _KERAS_LISTS if kind in self.kinds for kept in self.kept]
         for i in range(len(self.kept)):
-            result += self.decoded(i, epsilon)
+            result += self.decoded(i, epsilon).values()
         return result + [self.weights(i) for i in self._with_remainders()]
 
     def from_keras_order(

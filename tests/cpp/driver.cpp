@@ -151,8 +151,8 @@ void do_call(std::size_t num_variables) {
     memory.norm = read_array(is_16 ? DType::kUInt16 : is_8 ? DType::kUInt8 : computed, size);
     memory.average = read_array(computed, size);
     memory.accumulator = read_array(computed, size);
-    const std::int64_t blocks = (size + adamax::kStateBlock - 1) / adamax::kStateBlock;
-    memory.norm_scale = static_cast<float*>(read_array(DType::kFloat32, is_16 ? 1 : blocks));
+    const std::int64_t scales = number_of_scales(size, variable.storage.state);
+    memory.norm_scale = static_cast<float*>(read_array(DType::kFloat32, scales));
     memory.remainder = read_array(DType::kInt16, size);
     if (memory.grad != nullptr) gradients.push_back({grad, size, memory.grad});
     variables.push_back(variable);

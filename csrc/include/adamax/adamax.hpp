@@ -157,7 +157,7 @@ Variable variable(std::span<P> param, std::span<G> grad, const State8& state,
   Variable v = detail::variable(StateFormat::k8Bits, param, grad, state.momentum, state.norm,
                                 average, accumulator);
   detail::check_size("norm_scale", state.norm_scale.size(),
-                     (param.size() + kStateBlock - 1) / kStateBlock);
+                     number_of_scales(v.size, StateFormat::k8Bits));
   v.memory.norm_scale = state.norm_scale.data();
   return v;
 }
@@ -227,4 +227,5 @@ constexpr std::size_t itemsize(DType dtype) {
   constexpr std::size_t kSizes[] = {4, 8, 2, 2, 1, 1, 2, 2};
   return kSizes[static_cast<int>(dtype)];
 }
+
 }  // namespace adamax

@@ -13,9 +13,8 @@ struct Arrays {
   void* norm = nullptr;
   void* average = nullptr;      // null: no average is kept
   void* accumulator = nullptr;  // needed when micro_batches > 1
-  float* norm_scale =
-      nullptr;  // of state in 16 bits: one; in 8 bits: one for each kStateBlock elements
-  void* remainder = nullptr;  // int16, with WeightRounding::kRemainder
+  float* norm_scale = nullptr;  // with state in fewer bits: number_of_scales()
+  void* remainder = nullptr;    // int16, with WeightRounding::kRemainder
 };
 
 }  // namespace adamax

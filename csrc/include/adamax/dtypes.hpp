@@ -85,6 +85,11 @@ struct StateOf<StateFormat::k8Bits> {
   using Norm = std::uint8_t;
 };
 
+// Of norms that are not full.
+constexpr std::int64_t number_of_scales(std::int64_t size, StateFormat format) {
+  return format == StateFormat::k16Bits ? 1 : (size + kStateBlock - 1) / kStateBlock;
+}
+
 // What becomes of the bits of a weight that bfloat16 has no room for.
 enum class WeightRounding : std::uint8_t {
   kNearest,     // lost, and with them every step that is small beside the weight

@@ -35,11 +35,13 @@ def new_count(param: Tensor, capturable: bool, value: float = 0.0) -> Tensor:
 def _new(key: str, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Tensor:
     if key != "exp_inf_scale":
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if storage.state_bits(param, group) == 16:
+    bits = storage.state_bits(param, group)
+    if bits == 16:
         return torch.ones(1, dtype=dtype, device=param.device)  # the same on all ranks
     if is_distributed(param):
         return parts_of(param).new_scales(param.device, dtype)
-    return torch.zeros(-(-param.numel() // low_state.BLOCK), dtype=dtype, device=param.device)
+    count = low_state.number_of_scales(bits, param.numel())
+    return torch.zeros(count, dtype=dtype, device=param.device)
 
 
 def loaded_state(

@@ -8,9 +8,11 @@ from torch import Tensor
 from adamax_ext import _settings, low_state
 
 # A group has all of these or, where they are as here, none: it then is one of torch's.
-DEFAULTS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
+DEFAULTS = low_state.DEFAULTS
 
-_MOMENTS = {16: (torch.bfloat16, torch.bfloat16), 8: (torch.int8, torch.uint8)}
+_MOMENTS = {
+    bits: tuple(getattr(torch, name) for name in names) for bits, names in low_state.DTYPES.items()
+}
 # In which full state is kept, and the arithmetic done, where it is not the dtype of the parameter.
 _WIDER = {
     torch.float16: torch.float32,
@@ -34,7 +36,7 @@ def require_valid(group: dict[str, Any], index: int) -> None:
     bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
     _settings.one_of("state_bits", bits, low_state.BITS)
     _settings.one_of("weight_rounding", rounding, low_state.ROUNDINGS)
-    _settings.integer("seed", seed, least=0, most=2**64 - 1)
+    _settings.seed("seed", seed)
     names = group.get("param_names")
     for i, param in enumerate(group["params"]):
         label = repr(names[i]) if names else f"params[{i}] of param_groups[{index}]"
