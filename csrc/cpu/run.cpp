@@ -70,8 +70,9 @@ void decay_variable_scales(const Program& program) {
         storage_at(row.storage).state != StateFormat::k16Bits) {
       continue;
     }
-    float& scale = *row.memory.norm_scale;
-    scale = next_variable_scale(scale, static_cast<float>(program.groups[row.group].beta_2));
+    const auto scale = scalar::F32::load(row.memory.norm_scale);
+    const auto beta_2 = static_cast<float>(program.groups[row.group].beta_2);
+    scalar::F32(next_variable_scale(scale.v, beta_2)).store(row.memory.norm_scale);
   }
 }
 

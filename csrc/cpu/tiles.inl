@@ -200,7 +200,10 @@ inline void average_in_tiles(const Arrays& memory, const Scalars& scalars, const
   constexpr Storage kStorage{DType::kBFloat16, DType::kBFloat16, StateFormat::kFull,
                              WeightRounding::kRemainder};
   const VectorScalars<F32> s(scalars, 1.0);
-  for_each_tile<kStorage>(memory, slice, [&](const Tile<kStorage>& tile, std::int64_t) {
+  // Nothing else: state may lie in another format.
+  const Arrays averaged{
+      .param = memory.param, .average = memory.average, .remainder = memory.remainder};
+  for_each_tile<kStorage>(averaged, slice, [&](const Tile<kStorage>& tile, std::int64_t) {
     average_tile(tile, scalars, s);
   });
 }
@@ -298,14 +301,15 @@ inline float largest_lane(F32 vector) {
 // divides. What is stored is what steps.
 template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
 [[gnu::noinline]] void update_block(Tile<storage> tile, const Grad* grad,
-                                    const TileStep<storage>& step, float& block_scale) {
+                                    const TileStep<storage>& step, float* block_scale) {
   using V = F32;
   const VectorScalars<V> s = step.s;
   const float beta_2 = static_cast<float>(step.scalars.beta_2);
 
   // The moments as they move.
   alignas(64) float momentum[kStateBlock], norm[kStateBlock];
-  const V old_scale(block_scale);
+  const float scale = scalar::F32::load(block_scale).v;
+  const V old_scale(scale);
   V largest(0.0f);
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
     prefetch_four(grad + i);
@@ -328,10 +332,11 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
     most = 0.0f;
     for (const float u : norm) most = u < kPoison && u > most ? u : most;
   }
-  block_scale = next_block_scale(block_scale, most, beta_2);
+  const float next_scale = next_block_scale(scale, most, beta_2);
+  scalar::F32(next_scale).store(block_scale);
 
   // The norms as codes, and the ratios, which take the place of the first moments.
-  const V new_scale(block_scale), inverse(inverse_scale(block_scale));
+  const V new_scale(next_scale), inverse(inverse_scale(next_scale));
   for (int i = 0; i < kStateBlock; i += 4 * V::kLanes) {
     V::Bits codes[4];
     for (int k = 0; k < 4; ++k) {
@@ -365,9 +370,10 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
 void update_tile(Tile<storage> tile, const Grad* grad, const TileStep<storage>& step,
                  float* scale) {
   if constexpr (storage.state == StateFormat::k8Bits) {
-    update_block<decay, epsilon>(tile, grad, step, *scale);
+    update_block<decay, epsilon>(tile, grad, step, scale);
   } else {
-    update_elements<decay, epsilon>(tile, grad, step, scale == nullptr ? 1.0f : *scale);
+    update_elements<decay, epsilon>(tile, grad, step,
+                                    scale == nullptr ? 1.0f : scalar::F32::load(scale).v);
   }
 }
 

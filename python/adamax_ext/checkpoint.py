@@ -178,17 +178,23 @@ def absent_kinds(
             f"state_bits of the state_dict is {saved!r}, of the optimizer {state_bits}; expected "
             f"the same: adamax_ext.convert_state(state_dict, state_bits={state_bits}) returns it so"
         )
-    rounding = _settings.one_of(
-        "weight_rounding of the state_dict",
-        state_dict.get("weight_rounding", "nearest"),
-        low_state.ROUNDINGS,
-    )
+    rounding = rounding_of(state_dict)
     if rounding == "remainder" != weight_rounding:
         raise ValueError(
             "weight_rounding of the state_dict is 'remainder', of the optimizer "
             f"{weight_rounding!r}, which would lose what weights do not hold; expected the same"
         )
     return frozenset({"remainder"} if rounding != "remainder" else ())
+
+
+def rounding_of(state_dict: dict[str, Any]) -> str:
+    """Return the weight_rounding of a `state_dict`; ValueError if it is none."""
+    rounding: str = _settings.one_of(
+        "weight_rounding of the state_dict",
+        state_dict.get("weight_rounding", "nearest"),
+        low_state.ROUNDINGS,
+    )
+    return rounding
 
 
 def memory_orders(

@@ -103,11 +103,14 @@ class Configured(Saveable):
                     "at most one of clipnorm, clipvalue and global_clipnorm can be set; "
                     f"received {received}"
                 )
-        if known.get("state_bits") == 8 and known["beta_1"] >= known["beta_2"]:
-            raise ValueError(
-                "beta_1 must be below beta_2 with state_bits 8, where first moments are kept "
-                f"relative to norms; received beta_1={known['beta_1']}, beta_2={known['beta_2']}"
-            )
+        if known.get("state_bits") == 8:  # the last of them in the constructor
+            low_state.require_8_bits(known["beta_1"], known["beta_2"], known["epsilon"])
+            if name == "epsilon" and self.built:
+                raise ValueError(
+                    "epsilon cannot be assigned after build() with state_bits 8, where first "
+                    f"moments are kept relative to norm + epsilon; received {value!r}: make "
+                    "another optimizer"
+                )
         if name == "gradient_accumulation_steps" and name in vars(self):
             self.progress.calls = self.iterations * (value or 1)
         self._native = None

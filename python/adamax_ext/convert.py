@@ -47,6 +47,11 @@ def convert_state(
             "again"
         )
     state = checkpoint.host_state(own["state"])
+    rounding = checkpoint.rounding_of(own)
+    seed = _settings.seed("seed of the state_dict", own.get("seed", 0))
+    shapes = {name: kinds["norm"].shape for name, kinds in state.items() if "norm" in kinds}
+    expected = {n: tuple(i for i, x in enumerate(s) if x > 1) for n, s in shapes.items()}
+    checkpoint.memory_orders(own, expected)
     orders = own.get("memory_order", {})
     converted, kept_orders = {}, {}
     for name, kinds in state.items():
@@ -54,9 +59,7 @@ def convert_state(
         converted[name] = _converted(name, kinds, order, state_bits, epsilon)
         if order is not None and converted[name]["norm"].dtype == np.uint8:
             kept_orders[name] = order
-    entries = checkpoint.format_entries(
-        state_bits, own.get("weight_rounding", "nearest"), own.get("seed", 0), kept_orders
-    )
+    entries = checkpoint.format_entries(state_bits, rounding, seed, kept_orders)
     others = {k: v for k, v in state_dict.items() if k not in checkpoint.LOW_MEMORY}
     return {**others, **entries, "state": converted}
 

@@ -26,6 +26,20 @@ def bits_of(state_bits: int, size: int) -> int:
     return 32 if state_bits == 8 and size < _SMALLEST else state_bits
 
 
+def require_8_bits(beta_1: float, beta_2: float, epsilon: float) -> None:
+    """Raise ValueError for settings with which first moments have no bound that a code can have."""
+    if beta_1 >= beta_2:
+        raise ValueError(
+            "beta_1 must be below beta_2 with state_bits 8, where first moments are kept relative "
+            f"to norms; received beta_1={beta_1}, beta_2={beta_2}"
+        )
+    if epsilon < 2.0**-86:
+        raise ValueError(
+            f"epsilon must be >= 2**-86 with state_bits 8, which keep no smaller norms; received "
+            f"{epsilon}"
+        )
+
+
 def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding: str) -> Kinds:
     """Return state of a variable before the first step: momentum, norm, and what belongs to them.
 

@@ -77,7 +77,7 @@ class Progress:
             )
         if saved_rate is not None:
             rate = _settings.not_negative("learning_rate", saved_rate)
-        seed = _settings.integer("seed", state_dict.get("seed", self.seed), 0, 2**64 - 1)
+        seed = _settings.seed("seed", state_dict.get("seed", self.seed))
         absent = checkpoint.absent_kinds(state_dict, state.state_bits, state.weight_rounding)
         pending = checkpoint.pending_names(state_dict, calls, steps, state.names)
         loaded = checkpoint.fitting(state_dict["state"], state.by_name(), absent)
@@ -94,7 +94,9 @@ class Progress:
         """Return what arrays in the order of `variables` hold; ValueError if they do not fit."""
         state, rate = self.state, self.learning_rate
         assert state is not None
-        iteration, *values = checkpoint.converted(weights, self.variables(epsilon))
+        expected = self.variables(epsilon)
+        given = state.with_masters(list(weights), len(expected))
+        iteration, *values = checkpoint.converted(given, expected)
         calls = _settings.integer("weights[0] (the iteration)", iteration.item(), least=0)
         if isinstance(rate, float):
             received = values.pop(0).item()

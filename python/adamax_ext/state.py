@@ -104,6 +104,13 @@ class State:
 
     # ---- Keras' order ----------------------------------------------------------------------------
 
+    def with_masters(self, values: list[arrays.HostArray], expected: int) -> list[arrays.HostArray]:
+        """Return `values`, with the weights as they are in place of float32 weights that lack."""
+        places = self._with_remainders()
+        if len(values) != expected - len(places):
+            return values
+        return values + [arrays.as_host(self.variables[i], "variables") for i in places]
+
     def in_keras_order(self, epsilon: float) -> list[arrays.Array]:
         """Return averages, accumulators, then momentum and norm of each variable as numbers.
 
@@ -180,6 +187,11 @@ class State:
             )
             if "norm_scale" in new:
                 self._require_not_negative("norm_scale", i, new["norm_scale"])
+                if not np.isfinite(new["norm_scale"]).all():
+                    raise ValueError(
+                        f"norm_scale of '{self.names[i]}' must be finite; received "
+                        f"{new['norm_scale'].max()}"
+                    )
             if orders is not None and norm.dtype == np.uint8 and orders[i] != state.orders[i]:
                 new |= low_state.reordered(new, orders[i], state.orders[i])
             if "gradient_accumulator" in new and new["gradient_accumulator"].any():

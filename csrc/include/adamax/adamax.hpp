@@ -74,13 +74,13 @@ struct Variable {
   std::int64_t size;  // elements
   Storage storage;
   std::uint32_t group = 0;  // index into the groups of the call
+  // Its accumulator holds gradients of earlier micro-batches: an update without a gradient is then
+  // one with a gradient of zero.
+  bool has_accumulated = false;
   // For random numbers: a number that tells the variable from others with the same seed, and, where
   // this is a part of one, the element of it with which the part begins, a multiple of kStateBlock.
   std::uint32_t number = 0;
   std::int64_t first_element = 0;
-  // Its accumulator holds gradients of earlier micro-batches: an update without a gradient is then
-  // one with a gradient of zero.
-  bool has_accumulated = false;
 };
 
 template <class T>
