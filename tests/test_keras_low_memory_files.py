@@ -6,6 +6,7 @@ They have Keras' layout: numbers in float32, and float32 weights after everythin
 import copy
 import pickle
 
+import adamax_ext
 import numpy as np
 import pytest
 from support import reference_lowmem as program
@@ -19,6 +20,7 @@ from support.keras_low_memory import (
     kept_by,
     make_gradients,
     require_equal,
+    require_same,
     variables_of,
 )
 from support.keras_pairs import Adamax, Theirs, keras
@@ -120,6 +122,29 @@ def test_float32_weights_set_the_remainders_of_their_bfloat16_alone():
     before[:2, 0, 0] = 0
     np.testing.assert_array_equal(as_stored(remainder), before)
     np.testing.assert_array_equal(as_stored(weight), seen)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(1, 4100, 1), (65, 1, 64), (3, 1, 1), (0, 3)], ids=str)
+def test_axes_of_length_1_and_0(shape, order, bits):
+    """Whose strides mean nothing."""
+    rng = np.random.default_rng(3)
+    array = np.array(rng.normal(size=shape), "f", order=order).astype("bfloat16")
+    settings = {**LOW, "state_bits": bits}
+    ours, numpys = Adamax(**settings), adamax_ext.Adamax(**settings)
+    variables = variables_of({"a": array})
+    ours.build(variables)
+    numpys.build({"a": array})
+    for _ in range(3):
+        gradient = np.array(rng.normal(size=shape), "f", order=order)
+        apply(ours, [gradient])
+        numpys.apply([gradient])
+        require_same(ours, variables, numpys, {"a": array})
+        store, expected = stored(ours), stored(numpys)
+        require_equal(list(store.values())[2:], list(expected.values())[2:])
+        ours.load_own_variables(store)
+        numpys.load_own_variables(expected)
 
 
 def spoiled(key, change):

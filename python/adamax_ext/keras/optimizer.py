@@ -90,8 +90,10 @@ class Adamax(_on_backend()):  # type: ignore[misc]
     that has such state, and each remainder. Files, and copies that are made by them (also
     `copy.deepcopy` and pickle), have Keras' layout: momentum and norm as float32, and after
     everything else the float32 weights of variables with remainders. So files of Keras and of other
-    settings can be loaded, and training goes on from the state within one rounding of it, and
-    from the exact weights. Keras can do no step of its own, as in `stateless_apply`, then.
+    settings can be loaded (those with such weights only where they are kept), and training goes on
+    from the exact weights, and from the state within one rounding of it. What Keras wraps around
+    optimizers writes `variables` beside this: a ``LossScaleOptimizer`` finds its own scale only in
+    files of the same settings. Keras can do no step of its own then, as in `stateless_apply`.
     """
 
     def __init__(
