@@ -67,7 +67,8 @@ def test_the_layout_is_that_of_adamax(bits, rounding):
         assert key == "0" or store[key].dtype == expected[key].dtype
     assert store["0"] == 5
     remainders = [as_stored(v) for v in twins.ours._stored.remainders if v is not None]
-    twins.ours.load_own_variables(store)
+    # As from a file.
+    twins.ours.load_own_variables({key: np.array(a, order="C") for key, a in store.items()})
     twins.numpys.load_own_variables(expected)
     twins.require_same()
     kept = [as_stored(v) for v in twins.ours._stored.remainders if v is not None]
