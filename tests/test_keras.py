@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from adamax_ext import Adamax, schedules
+from adamax_ext import Adamax, low_state, schedules
 from support.frameworks import load_keras
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
@@ -179,9 +179,8 @@ def test_hundred_steps_equal_keras(settings, precision, keras):
 
 
 def test_every_setting_is_compared():
-    assert {key for s in SETTINGS for key in s} == set(inspect.signature(Adamax).parameters) - {
-        "name"
-    }
+    arguments = inspect.signature(Adamax).parameters.keys()
+    assert {key for s in SETTINGS for key in s} == arguments - {"name"} - low_state.DEFAULTS.keys()
 
 
 def test_a_callable_rate_equals_keras(precision, keras):
@@ -278,7 +277,8 @@ def test_arguments_order_and_defaults_equal_keras(keras):
     parameters = inspect.signature(keras.optimizers.Adamax.__init__).parameters.values()
     theirs = [(p.name, p.default) for p in parameters if p.name not in ("self", "name", "kwargs")]
     ours = inspect.signature(Adamax).parameters.values()
-    assert [(p.name, p.default) for p in ours] == [*theirs, ("name", "adamax")]
+    own = [("name", "adamax"), *low_state.DEFAULTS.items()]
+    assert [(p.name, p.default) for p in ours] == [*theirs, *own]
 
 
 # Settings, and after how many calls the state moves: in the middle of averaging and accumulating.

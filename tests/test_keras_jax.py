@@ -230,3 +230,27 @@ def check_shards():
 
 def test_a_norm_is_that_of_all_shards_and_averages_are_cut_alike():
     jax_devices.run(check_shards)
+
+
+# ---- What only torch has -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"state_bits": 8}, "state_bits must be 32 on Keras' JAX backend: adamax_ext.* received 8"),
+        ({"weight_rounding": "remainder"}, "weight_rounding must be 'nearest' on .*'remainder'"),
+        ({"seed": 3}, "seed must be 0 on Keras' JAX backend: .* received 3"),
+    ],
+    ids=str,
+)
+def test_state_in_fewer_bits_and_roundings_are_refused(settings, message):
+    with pytest.raises(NotImplementedError, match="^" + message):
+        Adamax(**settings)
+
+
+def test_their_defaults_are_taken():
+    settings = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
+    assert Adamax(**settings, name="a").get_config() == Theirs(name="a").get_config()
+    with pytest.raises(ValueError, match=r"^state_bits must be 32, 16 or 8; received 4"):
+        Adamax(state_bits=4)

@@ -18,7 +18,6 @@ _positive_or_none = _settings.optional(_settings.positive)
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 # Once there are arrays for them, and steps done with them.
 _FIXED = ("use_ema", "gradient_accumulation_steps", "state_bits", "weight_rounding", "seed")
-# Not in a config with these values: Keras has no such settings.
 # What Keras 2 wrote into a config beside the settings, and the values that change nothing.
 _LEFTOVERS = {
     "decay": (None, 0.0),

@@ -109,7 +109,9 @@ def adamax(
     of `adamax_ext.update`. A setting that is an array is rounded to its dtype, and on a GPU only
     `learning_rate` and `loss_scale` can be one. A schedule that returns Python's numbers outside of
     jit is compiled anew for each. The step cannot be differentiated, nor exported by
-    ``jax.export``.
+    ``jax.export``. There is no state in fewer bits as of `adamax_ext.Adamax`: the state of optax
+    has leaves that are shaped and sharded as the parameters, and a scale for 256 elements is
+    neither.
     """
     for name, value, known in (
         ("epsilon_mode", epsilon_mode, ("inside", "outside")),

@@ -12,6 +12,7 @@ from torch import Tensor
 from adamax_ext import _core
 from adamax_ext.configuration import Configured
 from adamax_ext.keras.settings import settings_of
+from adamax_ext.keras.torch_stored import Stored, dtype_of, require_storable
 from adamax_ext.keras.torch_tensors import Number, Tensors, are_same, copy_each
 from adamax_ext.native import Native, Settings
 
@@ -20,22 +21,87 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
     """Adamax whose step is native."""
 
     _step: "Step | None" = None  # made by the next one, after what it depends on has changed
+    _stored: Stored | None = None  # of a built optimizer with other settings than Keras'
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Exclude variables from weight decay; see ``keras.optimizers.Adamax``."""
         self._step = None
         super().exclude_from_weight_decay(var_list, var_names)
 
+    def build(self, variables: Any) -> None:
+        """Add state for variables; see ``keras.optimizers.Adamax``.
+
+        Raises
+        ------
+        TypeError
+            A variable for which `state_bits` or `weight_rounding` is not. Nothing has changed then.
+        """
+        if self.built or self._is_plain:
+            super().build(variables)
+            return
+        require_storable(variables, self.state_bits, self.weight_rounding)
+        super().build(variables)
+        self._stored = Stored(self)
+
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
         """Add state for a variable, in its memory order."""
+        dtype = dtype_of(name, reference_variable.shape, self.state_bits)
+        if dtype is not None:
+            return self.add_stored(reference_variable, name, dtype)
         variable = super().add_variable_from_reference(reference_variable, name, initializer)
-        weight, state = getattr(reference_variable, "_value", None), variable._value
-        if weight is not None and state is not None and weight.stride() != state.stride():
-            with torch.no_grad():
-                state.data = torch.empty_like(weight, dtype=state.dtype).copy_(state)
+        _reorder(variable, reference_variable)
         return variable
+
+    def add_stored(
+        self,
+        reference_variable: Any,
+        name: str | None,
+        dtype: str,
+        shape: Any = None,
+        initializer: Any = "zeros",
+    ) -> Any:
+        """Add what a variable keeps in this dtype, in its memory order, or in another shape."""
+        name = f"{reference_variable.path.replace('/', '_')}_{name}"  # as Keras
+        if shape is not None:
+            return super().add_variable(shape, initializer, dtype, name=name)
+        variable = super().add_variable(reference_variable.shape, initializer, dtype, name=name)
+        _reorder(variable, reference_variable)
+        return variable
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write state into `store` in Keras' layout: as numbers, if it is in fewer bits."""
+        if self._stored is None:
+            super().save_own_variables(store)
+            return
+        for i, value in enumerate(self._stored.numbers(self)):
+            store[str(i)] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what this class, with any settings, or ``keras.optimizers.Adamax`` has written.
+
+        Raises
+        ------
+        ValueError
+            Shapes differ; a norm is below zero. Nothing has changed then.
+        """
+        if self._stored is None:
+            super().load_own_variables(store)
+        else:
+            self._stored.load(self, store)
+
+    def set_weights(self, weights: Any) -> None:
+        """Set `variables`, as they are stored."""
+        if self._stored is not None:
+            weights = list(weights)
+            self._stored.require_fitting(self, weights)
+        super().set_weights(weights)
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: Any) -> None:
+        super()._overwrite_model_variables_with_average_value(trainable_variables)
+        if self._stored is not None:
+            self._stored.overwrite(trainable_variables, self._model_variables_moving_average)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Do one training step in place.
@@ -52,8 +118,17 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         ValueError, TypeError
             Gradients that do not fit to the variables, all of them None, unknown variables, a
             setting out of range. Nothing has changed then.
+        NotImplementedError
+            A stateless or symbolic step, if state is in fewer bits or weights are rounded otherwise
+            than to nearest: Keras cannot do it.
         """
         is_of_keras = in_stateless_scope() or in_symbolic_scope() or len(grads) == 0
+        if is_of_keras and len(grads) > 0 and not self._is_plain:
+            raise NotImplementedError(
+                "a stateless or symbolic step must have state_bits 32 and weight_rounding "
+                "'nearest', as Keras does it; received an optimizer with "
+                f"state_bits {self.state_bits} and weight_rounding {self.weight_rounding!r}"
+            )
         if trainable_variables is None:  # Keras has the words for what can be wrong then
             is_of_keras |= not self.built or len(grads) != len(self._trainable_variables)
         if is_of_keras:
@@ -110,6 +185,9 @@ class Step:
             norm=tensors.norm,
             averages=tensors.averages,
             accumulators=tensors.accumulators,
+            norm_scales=tensors.norm_scales,
+            remainders=tensors.remainders,
+            weight_rounding=optimizer.weight_rounding,
         )
         self._number = Number()
         self._settings: Settings | None = None
@@ -163,7 +241,12 @@ class Step:
         scale = Configured.checks["loss_scale_factor"](
             "loss_scale_factor", optimizer.loss_scale_factor
         )
-        native.prepare(calls, lambda: self._rate(optimizer), 1.0 if scale is None else scale)
+        native.prepare(
+            calls,
+            lambda: self._rate(optimizer),
+            1.0 if scale is None else scale,
+            seed=optimizer.seed,
+        )
         if len(variables) < len(tensors.variables):
             self._find_accumulated()
         tensors.gather()
@@ -199,6 +282,14 @@ class Step:
             accumulated = [bool(accumulator.any()) for accumulator in accumulators]
         trainable = [variable.trainable for variable in self.tensors.variables]
         self._plan.accumulated = [a and b for a, b in zip(accumulated, trainable, strict=True)]
+
+
+def _reorder(variable: Any, reference_variable: Any) -> None:
+    """Give a variable the memory order of another one."""
+    weight, state = getattr(reference_variable, "_value", None), variable._value
+    if weight is not None and state is not None and weight.stride() != state.stride():
+        with torch.no_grad():
+            state.data = torch.empty_like(weight, dtype=state.dtype).copy_(state)
 
 
 def _overwritten(optimizer: TorchAdamax, variables: list[Any]) -> list[Tensor]:

@@ -50,7 +50,8 @@ class Tensors:
     """The weights and state of an optimizer that are stepped, and what stands for some of them.
 
     One that has gaps in memory, or state in another memory order than its weight, is copied before
-    a step and back after it.
+    a step and back after it. What is `stored` in fewer bits keeps the memory order that it was made
+    in, by which blocks and random numbers go.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -59,42 +60,74 @@ class Tensors:
         self._kinds = _kinds(optimizer)
         self._overwritten = list(map(_is_overwritten, variables))
         self.has_overwritten = any(self._overwritten)
-        lists = [variables, optimizer._m, optimizer._u]
         uses_averages, accumulates = self._kinds
-        lists += [optimizer._model_variables_moving_average] if uses_averages else []
-        lists += [optimizer._accumulated_gradients] if accumulates else []
+        stored = optimizer._stored
+        lists = {"weights": variables, "momentum": optimizer._m, "norm": optimizer._u}
+        if uses_averages:
+            lists["averages"] = optimizer._model_variables_moving_average
+        if accumulates:
+            lists["accumulators"] = optimizer._accumulated_gradients
+        if stored is not None:
+            lists |= {"norm_scales": stored.norm_scales, "remainders": stored.remainders}
         # Keras makes no moments for variables that are to be overwritten.
-        stepped = [
-            kept
-            for kept, is_overwritten in zip(
-                zip(*lists, strict=True), self._overwritten, strict=True
+        places = [
+            i
+            for i, (momentum, is_overwritten) in enumerate(
+                zip(optimizer._m, self._overwritten, strict=True)
             )
-            if kept[1] is not None and not is_overwritten
+            if momentum is not None and not is_overwritten
         ]
+        stepped = [[kept[i] for kept in lists.values()] for i in places]
         self.variables = [kept[0] for kept in stepped]
-        self._sources = list(chain.from_iterable(stepped))
+        self._sources = [v for v in chain.from_iterable(stepped) if v is not None]
         self._known = list(map(_tensor_of, self._sources))
-        self._state = [t for kept in stepped for t in map(_tensor_of, kept[1:])]
+        self._state = [v._value for kept in stepped for v in kept[1:] if v is not None]
         # What the optimizer has, and not what stands for it.
-        self.own_accumulators = [kept[-1]._value for kept in stepped] if accumulates else []
+        self.own_accumulators = (
+            [optimizer._accumulated_gradients[i]._value for i in places] if accumulates else []
+        )
         self._addresses = _addresses(self._state)
         self._layouts = list(map(_layout, self._known))
         self._copies: list[tuple[Tensor, Tensor]] = []  # and what each stands for
-        dense = [self._dense(list(map(_tensor_of, kept))) for kept in stepped]
-        columns = list(zip(*dense, strict=True)) or [()] * len(lists)
-        self.weights, self.momentum, self.norm = columns[:3]
-        self.averages = columns[3] if uses_averages else None
-        self.accumulators = columns[-1] if accumulates else None
+        dense = [
+            self._dense(
+                [None if v is None else v._value for v in kept],
+                None if stored is None else stored.strides[i],
+            )
+            for i, kept in zip(places, stepped, strict=True)
+        ]
+        columns = dict(zip(lists, zip(*dense, strict=True), strict=True)) if dense else {}
+        self.weights = columns.get("weights", ())
+        self.momentum, self.norm = columns.get("momentum", ()), columns.get("norm", ())
+        self.averages, self.accumulators, self.norm_scales, self.remainders = (
+            columns.get(kind, ()) if kind in lists else None
+            for kind in ("averages", "accumulators", "norm_scales", "remainders")
+        )
         self._weight_of = {id(v): w for v, w in zip(self.variables, self.weights, strict=True)}
 
-    def _dense(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return the weight of a variable and its state, in one dense memory order."""
-        order = torch.empty_like(tensors[0])  # as the weight, if that is dense
+    def _dense(
+        self, tensors: list[Tensor | None], strides: tuple[int, ...] | None
+    ) -> list[Tensor | None]:
+        """Return the weight of a variable and its state, in one dense memory order.
+
+        It is that of `strides`, or that of the weight, if the weight is dense.
+        """
+        weight = tensors[0]
+        assert weight is not None
+        if strides is None:
+            strides = torch.empty_like(weight).stride()
         for i, tensor in enumerate(tensors):
-            if tensor.stride() != order.stride() and tensor.shape == order.shape:
+            if tensor is None:
+                continue
+            is_like_weight = tensor.shape == weight.shape  # and no scales
+            wanted = strides if is_like_weight else torch.empty_like(tensor).stride()
+            if tensor.stride() != wanted:
                 require_writable(tensor)
-                tensors[i] = torch.empty_like(order, dtype=tensor.dtype)
-                self._copies.append((tensors[i], tensor))
+                copy = torch.empty_strided(
+                    tensor.shape, wanted, dtype=tensor.dtype, device=weight.device
+                )
+                tensors[i] = copy
+                self._copies.append((copy, tensor))
         return tensors
 
     def are_those_of(self, optimizer: Any) -> bool:
