@@ -405,6 +405,17 @@ def test_betas_that_8_bits_cannot_have():
     require_equal(everything(twins.ours, twins.variables), before)
 
 
+def test_epsilon_is_fixed_by_build():
+    """What stands for the first moments in 8 bits is relative to it."""
+    twins = Twins(8, "nearest")
+    twins.train(range(1))
+    before = everything(twins.ours, twins.variables)
+    twins.ours.epsilon = 1.0
+    with pytest.raises(ValueError, match=r"^epsilon cannot be assigned after build.*received 1\.0"):
+        twins.ours.apply([as_tensor(g) for g in make_gradients(twins.arrays, 1)])
+    require_equal(everything(twins.ours, twins.variables), before)
+
+
 # ---- Models --------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,21 @@ def test_no_gradients_make_a_large_step_with_8_bits(kind):
     assert 0.1 < largest <= 1.029
 
 
+@pytest.mark.parametrize("octaves", [-90, -87, -86, -85, -80])
+def test_norms_below_what_is_stored_make_no_large_step(octaves):
+    """Epsilon alone divides then, and is no smaller."""
+    rng = np.random.default_rng(3)
+    state, weights = fresh(512, 8), np.zeros(512, F)
+    for step in range(1, 50):
+        before = weights.copy()
+        g = (rng.standard_normal(512) * 2.0**octaves).astype(F)
+        update(weights, g, **state, step=step, learning_rate=1.0, epsilon=2.0**-86)
+        assert np.abs(weights - before).max() * (1 - 0.9**step) <= 1.029
+    smaller = np.nextafter(2.0**-86, 0)
+    with pytest.raises(ValueError, match=r"^epsilon must be >= 2\^-86 with state in 8 bits"):
+        update(weights, g, **state, step=step, epsilon=smaller)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_weights_stop_where_gradients_do(bits):
     """First moments die out, which those that are rounded to nearest do not."""

@@ -344,6 +344,7 @@ def test_a_plan_refuses(change, error, message):
             {"state_bits": 8, "beta_1": 0.9, "beta_2": 0.9},
             r"beta_1 must be below beta_2 with state_bits 8.*received beta_1=0\.9, beta_2=0\.9",
         ),
+        ({"state_bits": 8, "epsilon": 1e-27}, r"epsilon must be >= 2\*\*-86 .* received 1e-27"),
     ],
     ids=str,
 )
@@ -363,6 +364,20 @@ def test_an_assigned_beta_stays_below_the_other_with_8_bits():
         with pytest.raises(ValueError, match=r"^beta_1 must be below beta_2 with state_bits 8"):
             setattr(ours, name, value)
     assert (ours.beta_1, ours.beta_2) == (0.9, 0.999)
+
+
+def test_epsilon_is_fixed_by_build_with_8_bits():
+    """What stands for the first moments is relative to it."""
+    for bits in (16, 8):
+        ours = Adamax(state_bits=bits)
+        ours.epsilon = 1e-6
+        ours.build([np.ones(3, np.float32)])
+        if bits == 16:
+            ours.epsilon = 1e-5
+            continue
+        with pytest.raises(ValueError, match=r"^epsilon cannot be assigned after build.*1e-05"):
+            ours.epsilon = 1e-5
+        assert ours.epsilon == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,11 @@ def negative(array):
     return array
 
 
+def not_finite(array):
+    array.flat[0] = np.inf
+    return array
+
+
 LOW = {"state_bits": 8, "weight_rounding": "stochastic"}
 MISFITS = [
     (LOW, change("state_bits", 16), r"state_bits of the state_dict is 16, .*8.*convert_state\("),
@@ -261,6 +266,11 @@ MISFITS = [
         LOW,
         change_array("kernel", "norm_scale", lambda a: a[1:]),
         "norm_scale of 'kernel' must have",
+    ),
+    (
+        LOW,
+        change_array("kernel", "norm_scale", not_finite),
+        "norm_scale of 'kernel' must be finite",
     ),
     (LOW, lambda saved: saved["state"]["kernel"].pop("norm_scale"), "state of 'kernel' must have"),
     (LOW, lambda saved: saved.pop("seed"), "state_dict must have the keys"),
@@ -422,10 +432,19 @@ def test_conversion_of_a_loss_scale():
             TypeError,
             "momentum of 'bias' has dtype float64.*state_bits 16",
         ),
+        (change("seed", -1), {}, ValueError, "seed of the state_dict must be an integer >= 0"),
+        (change("weight_rounding", "up"), {}, ValueError, "weight_rounding of the state_dict must"),
+        (
+            change("memory_order", {"kernel": [0.0]}),
+            {},
+            ValueError,
+            "memory_order of 'kernel' must",
+        ),
+        (change("memory_order", []), {}, ValueError, "memory_order must be a dict"),
     ],
 )
 def test_conversion_refuses(edit, arguments, error, message):
-    saved = trained(1)[1].state_dict()
+    saved = trained(1, seed=1)[1].state_dict()
     if edit:
         edit(saved)
     with pytest.raises(error, match="^" + message):
@@ -505,6 +524,19 @@ def test_keras_layout_without_remainders_is_that_of_float32():
     again = {}
     full.save_own_variables(again)
     np.testing.assert_equal(again, store)
+
+
+@needs_bfloat16
+def test_a_layout_of_keras_without_float32_weights_leaves_no_remainders():
+    weights, optimizer = trained(weight_rounding="remainder")
+    _, of_keras = trained()
+    optimizer.set_weights(of_keras.variables)
+    kept = [kinds["remainder"] for kinds in optimizer.state.values() if "remainder" in kinds]
+    assert kept
+    assert not any(remainder.any() for remainder in kept)
+    name = next(iter(weights))
+    momentum = of_keras.state[name]["momentum"]
+    np.testing.assert_array_equal(optimizer.state[name]["momentum"], momentum)
 
 
 @needs_bfloat16

@@ -45,7 +45,8 @@ class Adamax(Configured):
     state_bits : {32, 16, 8}
         Bits of an element of first moment and infinity norm: float32, or smaller, for float32,
         float16 and bfloat16 weights. With 8, variables with fewer than 4096 elements keep float32,
-        and `beta_1` must be below `beta_2`; for `beta_1` above 0.95 rather take 16.
+        `beta_1` must be below `beta_2` and `epsilon` at least 2**-86 and fixed; for `beta_1` above
+        0.95, and unless ``(1 - beta_1) / (1 - beta_1 / beta_2)`` is near 1, rather take 16.
     weight_rounding : {"nearest", "stochastic", "remainder"}
         How bfloat16 weights are stored: to nearest, where steps that are small beside a weight are
         lost; at random, which is right on average; or exactly, with the other 16 bits of each

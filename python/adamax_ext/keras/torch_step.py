@@ -235,6 +235,14 @@ class Step:
         weights = tensors.weights_of(variables)
         settings = settings_of(optimizer)
         if self._settings != settings:
+            stored = optimizer._stored
+            is_relative = stored is not None and optimizer.state_bits == 8
+            if is_relative and stored.epsilon != settings.epsilon:
+                raise ValueError(
+                    "epsilon cannot be assigned after build() with state_bits 8, where first "
+                    f"moments are kept relative to norm + epsilon; received {settings.epsilon}, "
+                    f"expected {stored.epsilon}"
+                )
             self._native = Native(settings, 1 + max(self._groups, default=0))
             self._settings = settings
         native = self._native

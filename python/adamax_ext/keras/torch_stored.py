@@ -57,6 +57,7 @@ class Stored:
 
     def __init__(self, optimizer: Any) -> None:
         state = list(zip(optimizer._trainable_variables, optimizer._m, optimizer._u, strict=True))
+        self.epsilon = float(optimizer.epsilon)  # first moments in 8 bits are relative to it
         self.strides = [() if u is None else tuple(u._value.stride()) for _, _, u in state]
         self.norm_scales = [None if u is None else _new_scale(optimizer, w, u) for w, _, u in state]
         self.remainders = [

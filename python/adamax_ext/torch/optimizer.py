@@ -39,7 +39,8 @@ class Adamax(torch.optim.Optimizer):
         Shrink the parameters by ``lr * weight_decay`` instead of adding to the gradient.
     state_bits : {32, 16, 8}
         Bits of an element of each moment, of parameters that are computed in float32. With 8, the
-        state of parameters with fewer than 4096 elements stays in 32 bits.
+        state of parameters with fewer than 4096 elements stays in 32 bits, the first of the betas
+        must be below the second, and `eps` at least 2**-86.
     weight_rounding : {"nearest", "stochastic", "remainder"}
         What becomes of the bits that bfloat16 parameters have no room for: lost; rounded away from
         zero with the probability that they are; or kept in 16 bits of the state.
