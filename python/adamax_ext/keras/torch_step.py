@@ -236,8 +236,11 @@ class Step:
         settings = settings_of(optimizer)
         if self._settings != settings:
             stored = optimizer._stored
-            is_relative = stored is not None and optimizer.state_bits == 8
-            if is_relative and stored.epsilon != settings.epsilon:
+            if (
+                stored is not None
+                and optimizer.state_bits == 8
+                and stored.epsilon != settings.epsilon
+            ):
                 raise ValueError(
                     "epsilon cannot be assigned after build() with state_bits 8, where first "
                     f"moments are kept relative to norm + epsilon; received {settings.epsilon}, "
