@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import adamax_ext
@@ -743,6 +744,10 @@ def test_a_file_with_state_in_other_bits(saved, own):
         ("exp_avg", torch.zeros(4096), "exp_avg of parameter 1 in state_dict is of torch.float32"),
         ("exp_inf_scale", None, "exp_inf_scale of parameter 1 .* is None; expected torch.float32"),
         ("remainder", torch.zeros(4096), "remainder of parameter 1 .* expected torch.int16"),
+        ("remainder", None, "remainder of parameter 1 .* is None; expected torch.int16"),
+        ("exp_inf_scale", torch.zeros(1), r"exp_inf_scale of parameter 1 .* has shape \(1,\)"),
+        ("exp_avg", torch.zeros(3, dtype=torch.int8), r"exp_avg of parameter 1 .* shape \(3,\)"),
+        ("remainder", torch.zeros(3, dtype=torch.int16), r"remainder of parameter 1 .* shape \(3,"),
     ],
 )
 def test_a_file_that_does_not_hold_what_it_says(key, value, message):
@@ -755,6 +760,28 @@ def test_a_file_that_does_not_hold_what_it_says(key, value, message):
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(given)
     before.require_unchanged()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_file_with_scales_that_cannot_be(bits, value):
+    params = parameters(F32)
+    optimizer = Adamax(params, state_bits=bits)
+    train(optimizer, params, range(1))
+    given = copy.deepcopy(optimizer.state_dict())
+    given["state"][1]["exp_inf_scale"][-1] = value
+    before = Snapshot(optimizer)
+    with pytest.raises(ValueError, match="exp_inf_scale of parameter 1 .* must be finite and >= 0"):
+        optimizer.load_state_dict(given)
+    before.require_unchanged()
+
+
+def test_a_file_with_options_that_cannot_be():
+    optimizer = Adamax(parameters(BF16), state_bits=16)
+    given = copy.deepcopy(optimizer.state_dict())
+    given["param_groups"][0]["seed"] = -3
+    with pytest.raises(ValueError, match="seed must be an integer >= 0; received -3"):
+        optimizer.load_state_dict(given)
 
 
 def test_a_remainder_for_weights_that_are_not_bfloat16():

@@ -63,11 +63,12 @@ class Adamax(torch.optim.Optimizer):
     ``exp_avg`` and ``exp_inf``. A step is done for all parameters or, if an exception says why,
     for none.
 
-    `state_bits`, `weight_rounding` and `seed` can be those of a parameter group. A group has their
-    keys unless all three are as by default. State in fewer bits has ``exp_inf_scale`` too, and
-    rounding with a remainder ``remainder``. Random numbers follow from the seed, the number of the
-    step, the position of the parameter among all of the optimizer, and that of an element in it:
-    training that is resumed with the same parameters in the same order has the same bits.
+    `state_bits`, `weight_rounding` and `seed` can be those of a parameter group, and are fixed once
+    it has state. A group has their keys unless all three are as by default. State in fewer bits has
+    ``exp_inf_scale`` too, and rounding with a remainder ``remainder``. Random numbers follow from
+    the seed, the number of the step (float32, which stops at 2**24: from there on each step draws
+    the same), the position of the parameter among all of the optimizer, and that of an element in
+    it: training that is resumed with the same parameters in the same order has the same bits.
 
     In 8 bits, 256 elements that lie one after the other in memory share a scale. A parameter that
     changes its memory order later is stepped in that of its state.
@@ -275,11 +276,13 @@ class Adamax(torch.optim.Optimizer):
                     f"{own_bits}; expected the same, as state in other bits is not converted"
                 )
             groups.append({**options, **saved})
+            storage.require_valid({**groups[-1], "params": own["params"]}, i)
+            has_remainder = saved.get("weight_rounding") == "remainder"
             for param, name in zip(own["params"], saved["params"], strict=False):
                 state = given["state"].get(name)
                 if not state:
                     continue
-                moments[param] = loaded_state(state, param, groups[-1], name)
+                moments[param] = loaded_state(state, param, groups[-1], name, has_remainder)
                 states[name] = {key: state[key] for key in state if key not in moments[param]}
         groups += given["param_groups"][len(groups) :]
         return {**given, "state": states, "param_groups": groups}, moments

@@ -45,11 +45,12 @@ def _new(key: str, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> 
 
 
 def loaded_state(
-    given: dict[str, Any], param: Tensor, group: dict[str, Any], name: Any
+    given: dict[str, Any], param: Tensor, group: dict[str, Any], name: Any, has_remainder: bool
 ) -> dict[str, Any]:
     """Return tensors of a state that was saved as they are kept for `param`, without its count.
 
-    Raises ValueError, with the `name` of the parameter in the file, if it was kept otherwise.
+    Raises ValueError, with the `name` of the parameter in the file, if it was kept otherwise; also
+    where a remainder is not there, if it was saved with some.
     """
     bits, expected = storage.state_bits(param, group), storage.dtypes(param, group)
     state: dict[str, Any] = {}
@@ -60,7 +61,7 @@ def loaded_state(
         if bits == 32 and key in KEYS:
             if is_tensor:
                 state[key] = _placed(value, param, expected[key])
-        elif key == "remainder" and value is None and dtype is not None:
+        elif key == "remainder" and value is None and dtype is not None and not has_remainder:
             state[key] = _new(key, param, group, dtype)  # the weights were all there was
         elif (value.dtype if is_tensor else value) != dtype:
             raise ValueError(
@@ -71,9 +72,26 @@ def loaded_state(
                 f"weight_rounding={group.get('weight_rounding', 'nearest')!r}"
             )
         elif dtype is not None:
+            if not is_distributed(param) and not is_distributed(value):
+                _require_whole(key, value, param, bits, name)
             is_in_blocks = bits == 8 and key != "remainder"
             state[key] = value.to(param.device) if is_in_blocks else _placed(value, param, dtype)
     return state
+
+
+def _require_whole(key: str, value: Tensor, param: Tensor, bits: int, name: Any) -> None:
+    is_scale = key == "exp_inf_scale"
+    shape = (low_state.number_of_scales(bits, param.numel()),) if is_scale else tuple(param.shape)
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{key} of parameter {name!r} in state_dict has shape {tuple(value.shape)}; expected "
+            f"{shape}"
+        )
+    if is_scale and not value.is_meta and not bool((value.isfinite() & (value >= 0)).all()):
+        raise ValueError(
+            f"{key} of parameter {name!r} in state_dict must be finite and >= 0; received values "
+            f"from {value.min().item()} to {value.max().item()}"
+        )
 
 
 def _placed(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
