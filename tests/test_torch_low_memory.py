@@ -771,7 +771,7 @@ def test_a_file_with_scales_that_cannot_be(bits, value):
     given = copy.deepcopy(optimizer.state_dict())
     given["state"][1]["exp_inf_scale"][-1] = value
     before = Snapshot(optimizer)
-    with pytest.raises(ValueError, match="exp_inf_scale of parameter 1 .* must be finite and >= 0"):
+    with pytest.raises(ValueError, match=r"exp_inf_scale of parameter 1 .* must be finite"):
         optimizer.load_state_dict(given)
     before.require_unchanged()
 
