@@ -12,6 +12,7 @@
 #include "adamax/adamax.hpp"
 #include "bindings/backend.hpp"
 #include "bindings/overlap.hpp"
+#include "bindings/settings.hpp"
 #include "bindings/step_variable.hpp"
 
 namespace adamax::bindings {
@@ -20,9 +21,8 @@ namespace adamax::bindings {
 // one element, or None.
 struct StepSettings {
   std::vector<std::size_t> sizes;          // variables of each group
-  std::vector<Group> groups;               // their `step` is not used
+  std::vector<StepGroup> groups;           // their `step` is not used
   std::vector<py::object> learning_rates;  // in device memory; empty, or an entry for each group
-  std::vector<py::object> roundings;  // of weights, as words; empty, or an entry for each group
   // grad_scale and found_inf, on each device.
   std::vector<std::pair<py::object, py::object>> loss_scales;
 };
