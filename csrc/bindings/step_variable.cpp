@@ -29,8 +29,8 @@ Label label(Role role, std::size_t i) {
   return {kRoles[role], static_cast<py::ssize_t>(i), nullptr};
 }
 
-py::handle item(const py::tuple& arrays, std::size_t i, Role role) {
-  return PyTuple_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kNumRoles * i + role));
+py::handle item(const py::list& arrays, std::size_t i, Role role) {
+  return PyList_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kNumRoles * i + role));
 }
 
 ScalarType scalar_type(const Buffer& number, const Label& label) {
@@ -89,7 +89,7 @@ void StepVariable::write_count() const {
   }
 }
 
-bool StepVariable::import(const py::tuple& arrays, std::size_t i, WeightRounding rounding,
+bool StepVariable::import(const py::list& arrays, std::size_t i, WeightRounding rounding,
                           Leases& leases, std::map<int, Streams>& streams) {
   Buffer param, buffer;
   const auto note = [&](const Buffer& seen) {

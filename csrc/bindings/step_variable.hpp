@@ -31,7 +31,7 @@ enum Role {
 
 // As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);
-py::handle item(const py::tuple& arrays, std::size_t i, Role role);
+py::handle item(const py::list& arrays, std::size_t i, Role role);
 
 struct StepVariable {
   Variable variable;  // its group is that of the settings of the call
@@ -43,7 +43,7 @@ struct StepVariable {
   std::size_t grad_place = 0;  // among what is written, as last seen
 
   // From the arrays of all variables. Returns whether what a step writes lies where it lay before.
-  bool import(const py::tuple& arrays, std::size_t i, WeightRounding rounding, Leases& leases,
+  bool import(const py::list& arrays, std::size_t i, WeightRounding rounding, Leases& leases,
               std::map<int, Streams>& streams);
 
   void add_to(WrittenMemory& written, std::size_t i) const;

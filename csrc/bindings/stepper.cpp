@@ -160,7 +160,7 @@ std::vector<Stepper::Part> Stepper::parts(const StepSettings& settings, bool one
   return parts;
 }
 
-std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings settings,
+std::vector<std::size_t> Stepper::step(const py::list& arrays, StepSettings settings,
                                        bool is_strict) {
   const Busy busy(is_busy_);
   const std::size_t count =
