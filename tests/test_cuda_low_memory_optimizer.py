@@ -9,14 +9,8 @@ from adamax_ext import Adamax
 from support import emulated
 from support.bits import assert_same_bits, dtype_of, is_testable, spread
 from support.emulated import CudaArray, TableArray, on_cuda
-from support.low_memory import assert_same
+from support.low_memory import assert_same, every_option
 
-EVERY = [
-    (bits, rounding)
-    for bits in (32, 16, 8)
-    for rounding in ("nearest", "stochastic", "remainder")
-    if (bits, rounding) != (32, "nearest")
-]
 PLACES = {"host": lambda a: a, "cupy": on_cuda, "torch": TableArray}
 DTYPES = ["float32", *(["bfloat16"] if is_testable("bfloat16") else [])]
 
@@ -79,7 +73,7 @@ def check_moves(folder, source, target, bits, rounding):
         assert_same_states(by_steps, second, way)
 
 
-@pytest.mark.parametrize(("bits", "rounding"), EVERY)
+@every_option
 @pytest.mark.parametrize(
     ("source", "target"), [("cupy", "host"), ("host", "torch"), ("torch", "cupy")]
 )
@@ -113,7 +107,7 @@ def check_numbers(bits, rounding):
     assert_same_states(host, device, "finalized")
 
 
-@pytest.mark.parametrize(("bits", "rounding"), EVERY)
+@every_option
 def test_numbers(bits, rounding):
     emulated.run(check_numbers, bits, rounding)
 

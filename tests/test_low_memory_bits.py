@@ -4,15 +4,15 @@ import adamax_ext
 import numpy as np
 import pytest
 from support import reference_lowmem as program
-from support.bits import is_testable, spread
+from support.bits import spread
 from support.isas import each_thread_count, every_isa, run_on
-from support.low_memory import STORAGES, Twins, assert_same, placed
+from support.low_memory import STORAGES, Twins, assert_same, needs_bfloat16
+from support.memory import unaligned
 from support.steps import RULES, SETTINGS, special_values
 
 every_storage = pytest.mark.parametrize(
     "storage", STORAGES, ids=["-".join(map(str, storage)) for storage in STORAGES]
 )
-needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
 
 
 def gradient(rng, size):
@@ -188,11 +188,11 @@ def test_another_seed_variable_or_part_draws_other_numbers(other):
 def test_conversions_are_those_of_the_program(bits, size, odd):
     rng = np.random.default_rng(size)
     twins = Twins(rng, size, ("float32", "float32", bits, "nearest"), average=False)
-    state, buffers = twins.state, {k: placed(a, odd) for k, a in twins.buffers.items()}
+    state, buffers = twins.state, {k: unaligned(a, odd)[0] for k, a in twins.buffers.items()}
     kept = buffers["m"], buffers["u"], buffers["norm_scale"]
     for epsilon in (1e-7, 0.25, 0.0):
         state.epsilon = epsilon
-        m, u = placed(np.ones(size, np.float32), odd), placed(np.ones(size, np.float32), odd)
+        m, u = (unaligned(np.ones(size, np.float32), odd)[0] for _ in range(2))
         adamax_ext._core.decode_state(*kept, epsilon, m, u)
         for actual, expected in zip((m, u), state.read(), strict=True):
             np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
@@ -204,7 +204,7 @@ def test_conversions_are_those_of_the_program(bits, size, odd):
         u[256:512] = 0  # a block of its own
         with np.errstate(all="ignore"):
             state.convert(m, u)
-        adamax_ext._core.encode_state(placed(m, odd), placed(u, odd), epsilon, *kept)
+        adamax_ext._core.encode_state(unaligned(m, odd)[0], unaligned(u, odd)[0], epsilon, *kept)
         expected = state.momentum.ravel()[:size], state.norm.ravel()[:size]
         for actual, wanted in zip(kept, (*expected, np.atleast_1d(state.scale)), strict=True):
             np.testing.assert_array_equal(actual, wanted, strict=True)

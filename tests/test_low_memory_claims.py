@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 from adamax_ext import Adamax, update
-from support.bits import dtype_of, is_testable, spread
+from support.bits import dtype_of, spread
 from support.isas import every_isa, run_on
+from support.low_memory import needs_bfloat16
 
 F = np.float32
-needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
 BETAS_2 = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.999999)
 
 

@@ -8,7 +8,7 @@ import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, _core
 from support import reference_lowmem as program
 from support.bits import dtype_of, is_testable, memory_order, rounded, spread, widened
-from support.low_memory import LowMemoryReference, assert_same
+from support.low_memory import LowMemoryReference, assert_same, every_option, needs_bfloat16
 from support.runs import AVERAGES, CLIPPINGS, MICRO_BATCHES, rates_of_both
 from support.steps import SETTINGS
 
@@ -23,14 +23,6 @@ VARIABLES = [
     ("scalar", "bfloat16", "bfloat16", (), "C"),
 ]
 VARIABLES = [row for row in VARIABLES if is_testable(row[1], row[2])]
-EVERY = [
-    (bits, rounding)
-    for bits in (32, 16, 8)
-    for rounding in ("nearest", "stochastic", "remainder")
-    if (bits, rounding) != (32, "nearest")
-]
-needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
-every_storage = pytest.mark.parametrize(("bits", "rounding"), EVERY)
 
 
 def variables_for(rounding):
@@ -88,7 +80,7 @@ def check_run(bits, rounding, *, calls=6, rate=None, skipped=(), excluded=(), **
     return ours, weights
 
 
-@every_storage
+@every_option
 @pytest.mark.parametrize("averages", AVERAGES, ids=["", "ema", "overwrite"])
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES, ids=["1", "2", "3"])
 def test_averages_and_micro_batches(bits, rounding, averages, micro_batches):
@@ -96,7 +88,7 @@ def test_averages_and_micro_batches(bits, rounding, averages, micro_batches):
     check_run(bits, rounding, skipped=skipped, **averages, **micro_batches)
 
 
-@every_storage
+@every_option
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=lambda c: next(iter(c), "none"))
 def test_clipping_decay_scale_and_rates(bits, rounding, clipping):
     decay = {"weight_decay": 0.213, "excluded": ("kernel", "brain/bias")}
@@ -122,7 +114,7 @@ def test_numbers_follow_from_the_number_of_the_update(settings, step):
         assert_same_training(ours, theirs, weights, f"update {step}")
 
 
-@every_storage
+@every_option
 def test_a_loss_scale_that_skips_a_step(bits, rounding):
     """A call with an infinite gradient changes nothing, and no random number is used up."""
     rng = np.random.default_rng(3)
@@ -146,7 +138,7 @@ def test_a_loss_scale_that_skips_a_step(bits, rounding):
     assert ours.dynamic_scale == 2.0
 
 
-@every_storage
+@every_option
 def test_finalize_and_what_an_average_overwrites(bits, rounding):
     ours, weights = check_run(bits, rounding, calls=2, use_ema=True, ema_momentum=0.871)
     averages = [memory_order(kinds["average"]).copy() for kinds in ours.state.values()]
@@ -194,7 +186,7 @@ def test_without_a_gradient_nothing_changes():
 # ---- What is kept -------------------------------------------------------------------------------
 
 
-@every_storage
+@every_option
 def test_arrays_that_are_kept(bits, rounding):
     weights = make_weights(np.random.default_rng(6), variables_for(rounding))
     ours = Adamax(state_bits=bits, weight_rounding=rounding)

@@ -10,16 +10,8 @@ from data.saving_cases import DATA, refused, trained_for_golden
 from safetensors import safe_open
 from support import reference_lowmem as program
 from support.bits import dtype_of, is_testable, memory_order, spread, widened
-from support.low_memory import assert_same
+from support.low_memory import assert_same, every_option, needs_bfloat16
 
-EVERY = [
-    (bits, rounding)
-    for bits in (32, 16, 8)
-    for rounding in ("nearest", "stochastic", "remainder")
-    if (bits, rounding) != (32, "nearest")
-]
-every_storage = pytest.mark.parametrize(("bits", "rounding"), EVERY)
-needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
 SHAPES = {
     "kernel": ("float32", (70, 60), "F"),
     "bias": ("float32", (83,), "C"),
@@ -81,7 +73,7 @@ WAYS = {
 }
 
 
-@every_storage
+@every_option
 @pytest.mark.parametrize("way", WAYS)
 def test_training_goes_on_with_the_same_bits_after_any_call(tmp_path, bits, rounding, way):
     settings = {"state_bits": bits, "weight_rounding": rounding}
@@ -164,7 +156,7 @@ def test_the_file_of_default_settings_is_the_one_of_before(tmp_path):
     assert (tmp_path / "file").read_bytes() == before
 
 
-@every_storage
+@every_option
 def test_a_file_holds_what_is_stored(tmp_path, bits, rounding):
     _, optimizer = trained(state_bits=bits, weight_rounding=rounding, seed=2**64 - 1)
     optimizer.save(tmp_path / "file")
@@ -462,7 +454,7 @@ def test_conversion_refuses_version_1_and_what_is_no_dict():
 # ---- The layout of Keras -------------------------------------------------------------------------
 
 
-@every_storage
+@every_option
 def test_variables_are_numbers(bits, rounding):
     weights, optimizer = trained(state_bits=bits, weight_rounding=rounding, use_ema=True)
     _, _, *arrays = optimizer.variables
@@ -482,7 +474,7 @@ def test_variables_are_numbers(bits, rounding):
     assert bool(kept) == (rounding == "remainder" and is_testable("bfloat16"))
 
 
-@every_storage
+@every_option
 def test_keras_layout_is_loaded_within_one_rounding(bits, rounding):
     settings = {"state_bits": bits, "weight_rounding": rounding, "use_ema": True}
     weights, optimizer = trained(**settings)

@@ -613,9 +613,14 @@ BROKEN = [
         8,
         {"exp_inf_scale": None},
         ValueError,
-        r"exp_inf_scale\[1\] must be in the state where exp_a",
+        r"exp_inf_scale\[1\] must be given where momentum",
     ),
-    (16, {"exp_inf_scale": None}, ValueError, r"exp_inf_scale\[1\] must be in the state where exp"),
+    (
+        16,
+        {"exp_inf_scale": None},
+        ValueError,
+        r"exp_inf_scale\[1\] must be given where momentum and norm",
+    ),
     (8, {"exp_inf_scale": torch.ones(15)}, ValueError, r"exp_inf_scale\[1\] has 15 .*expected 16,"),
     (16, {"exp_inf_scale": torch.ones(2)}, ValueError, r"exp_inf_scale\[1\] has 2 .*expected 1 w"),
     (8, {"exp_inf_scale": torch.ones(16, dtype=BF16)}, TypeError, r"exp_inf_scale\[1\] has dtype"),
@@ -642,7 +647,7 @@ BROKEN = [
         32,
         {"exp_inf_scale": torch.ones(1)},
         ValueError,
-        r"exp_inf_scale\[1\] must be None where exp",
+        r"exp_inf_scale\[1\] must be None where mom",
     ),
     (32, {"exp_avg": torch.ones(4096).char()}, TypeError, r"exp_inf\[1\] has dtype float32; expe"),
     (
@@ -655,7 +660,7 @@ BROKEN = [
         8,
         {"remainder": None},
         ValueError,
-        r"remainder\[1\] must be in the state where weight_roundi",
+        r"remainder\[1\] must be given where weight_rounding is",
     ),
     (
         8,
@@ -704,7 +709,7 @@ def test_a_remainder_is_not_forgotten():
     optimizer.param_groups[0]["weight_rounding"] = "nearest"
     feed(params, gradients(2, params))
     before = Snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"^remainder\[0\] must be None where weight_rounding"):
+    with pytest.raises(ValueError, match=r"^remainder\[0\] must be None where no remainder"):
         optimizer.step()
     before.require_unchanged()
 

@@ -13,7 +13,7 @@
 namespace adamax::bindings {
 
 void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
-            const py::object& rounding, const VariablePlace& place) {
+            WeightRounding rounding, const VariablePlace& place) {
   Leases leases;
   Streams streams;
   WrittenMemory written;
@@ -32,7 +32,7 @@ void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
   variable.memory.param = w.data;
   variable.size = w.size;
   variable.storage = {w.dtype, w.dtype};
-  variable.storage.rounding = weight_rounding(rounding, w.dtype, {"param"});
+  variable.storage.rounding = rounding_of(w.dtype, rounding, {"param"});
   variable.number = place.number;
   variable.first_element = place.first_element;
   const auto import = [&](Kept kind, const py::object& object, std::string_view name) {

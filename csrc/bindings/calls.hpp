@@ -23,7 +23,7 @@ struct VariablePlace {
 
 // One step on buffers that the caller owns.
 void update(const UpdateBuffers& buffers, const Group& group, double grad_scale,
-            const py::object& rounding, const VariablePlace& place);
+            WeightRounding rounding, const VariablePlace& place);
 
 double norm_of_buffers(const py::tuple& buffers);
 

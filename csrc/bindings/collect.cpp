@@ -48,9 +48,11 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
   const py::str attribute("grad");
   Collected collected;
   Walk walk(states);
-  std::size_t count = 0;
+  std::size_t count = 0, number = 0;
+  std::vector<py::object> arrays;  // many times cheaper to append to than a list
+  arrays.reserve(states.size() * (keys.size() + optional_keys.size() + 4));
   const auto append = [&](py::handle array) {
-    if (PyList_Append(collected.arrays.ptr(), array.ptr()) != 0) throw py::error_already_set();
+    arrays.push_back(py::reinterpret_borrow<py::object>(array));
   };
   for (const py::handle group : groups) {
     const std::size_t before = count;
@@ -60,7 +62,7 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) {
         walk.pass(param);
-        collected.skipped.push_back(count + collected.skipped.size());
+        ++number;
         continue;
       }
       const py::object state = walk.state_of(param);
@@ -88,10 +90,15 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       for (const py::handle key : optional_keys) {
         if (!append_state(key, has_more)) append(Py_None);
       }
-      append(Py_None);
+      arrays.push_back(py::int_(number++));
+      append(Py_None);  // no part: it begins with its first element
       ++count;
     }
     collected.sizes.push_back(count - before);
+  }
+  collected.arrays = py::list(arrays.size());
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    PyList_SET_ITEM(collected.arrays.ptr(), i, arrays[i].release().ptr());
   }
   return collected;
 }

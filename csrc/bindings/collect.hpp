@@ -14,13 +14,12 @@ struct Collected {
   std::vector<std::size_t> sizes;       // variables of each group
   std::vector<std::size_t> to_inspect;  // variables without a state, for which None stands, or
                                         // of a type that may hide its memory
-  std::vector<std::size_t> skipped;     // positions among all parameters, of those not taken
 };
 
 // `groups` has lists of parameters, of which those are taken whose attribute `grad` is not None.
 // `states` has for each that was stepped before a dict, of which `keys` are the arrays of state;
-// for `optional_keys` that are not there None stands, as for the place of every variable.
-// Parameters of `plain_types` show their memory.
+// for `optional_keys` that are not there None stands. The number of a variable is the position
+// among all parameters, also of those not taken. Parameters of `plain_types` show their memory.
 Collected collect(const py::list& groups, const py::dict& states, const py::tuple& keys,
                   const py::tuple& optional_keys, const py::tuple& plain_types);
 

@@ -4,6 +4,10 @@
 namespace adamax::bindings {
 namespace {
 
+constexpr void* Arrays::* kMembers[kNumKept] = {&Arrays::momentum, &Arrays::norm,
+                                                &Arrays::average,  &Arrays::accumulator,
+                                                nullptr,           &Arrays::remainder};
+
 // Whether it is there, which it must be if, and only if, it is needed.
 bool require_given(py::handle object, const Label& label, bool is_needed, const char* where) {
   if (object.is_none() != is_needed) return is_needed;
@@ -34,17 +38,20 @@ bool import_kept(Kept kind, py::handle object, const Label& label, const Buffer&
                  const Label& param_label, Variable& variable, Leases& leases, Buffer& buffer) {
   Arrays& memory = variable.memory;
   StateFormat& format = variable.storage.state;
-  if (!is_there(kind, object, label, variable.storage)) return false;
+  const bool is_given = is_there(kind, object, label, variable.storage);
   if (kind == Kept::kNormScale) {
-    import_state(object, label, Access::kWrite, leases, buffer, memory.norm_scale);
-    require_norm_scale(buffer, label, param, format);
-    memory.norm_scale = reinterpret_cast<float*>(buffer.data);
-    return true;
+    if (is_given) {
+      import_state(object, label, Access::kWrite, leases, buffer, memory.norm_scale);
+      require_norm_scale(buffer, label, param, format);
+    }
+    memory.norm_scale = is_given ? reinterpret_cast<float*>(buffer.data) : nullptr;
+    return is_given;
   }
-  constexpr std::array kMembers = {&Arrays::momentum, &Arrays::norm, &Arrays::average,
-                                   &Arrays::accumulator};
-  void*& known =
-      kind == Kept::kRemainder ? memory.remainder : memory.*kMembers[static_cast<int>(kind)];
+  void*& known = memory.*kMembers[static_cast<int>(kind)];
+  if (!is_given) {
+    known = nullptr;
+    return false;
+  }
   import_state(object, label, Access::kWrite, leases, buffer, known);
   if (kind == Kept::kMomentum) {
     format = state_format(buffer, label, param);

@@ -26,8 +26,8 @@ constexpr std::array<std::string_view, kNumKept> kKeptNames = {
     "momentum", "norm", "average", "gradient_accumulator", "norm_scale", "remainder"};
 
 // Imports what is kept for `param`, after those of kinds before, and notes it in `variable`, whose
-// rounding is known. False: there is none. Throws ValueError for one that is None but needed, or
-// the other way round, and TypeError or ValueError for one that does not fit.
+// rounding is known. False: there is none, and null is noted. Throws ValueError for one that is
+// None but needed, or the other way round, and TypeError or ValueError for one that does not fit.
 bool import_kept(Kept kind, py::handle object, const Label& label, const Buffer& param,
                  const Label& param_label, Variable& variable, Leases& leases, Buffer& buffer);
 

@@ -87,7 +87,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
                  params, std::move(names), groups,
                  KeptLists{std::move(momentum), std::move(norm), std::move(averages),
                            std::move(accumulators), std::move(norm_scales), std::move(remainders)},
-                 weight_rounding);
+                 read_rounding(weight_rounding));
            }),
            py::arg("params"), py::arg("names"), py::arg("groups"), py::kw_only(),
            py::arg("momentum"), py::arg("norm"), py::arg("averages"), py::arg("accumulators"),
@@ -107,25 +107,22 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def(
           "step",
           [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,
-             std::vector<Group> groups, std::vector<py::object> learning_rates,
-             std::vector<py::object> weight_roundings,
+             std::vector<StepGroup> groups, std::vector<py::object> learning_rates,
              std::vector<std::pair<py::object, py::object>> loss_scales, bool is_strict) {
             return self.step(arrays,
                              {std::move(sizes), std::move(groups), std::move(learning_rates),
-                              std::move(weight_roundings), std::move(loss_scales)},
+                              std::move(loss_scales)},
                              is_strict);
           },
           py::arg("arrays"), py::kw_only(), py::arg("sizes"), py::arg("groups"),
-          py::arg("learning_rates"), py::arg("weight_roundings"), py::arg("loss_scales"),
-          py::arg("is_strict"));
+          py::arg("learning_rates"), py::arg("loss_scales"), py::arg("is_strict"));
 
   m.def(
       "collect",
       [](const py::list& groups, const py::dict& states, const py::tuple& keys,
          const py::tuple& optional_keys, const py::tuple& plain_types) {
         const Collected collected = collect(groups, states, keys, optional_keys, plain_types);
-        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect,
-                              collected.skipped);
+        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect);
       },
       py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"),
       py::arg("optional_keys"), py::arg("plain_types"));
@@ -137,7 +134,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
          const py::object& weight_rounding, std::uint32_t variable, std::int64_t first_element) {
         update({std::move(param), std::move(grad), std::move(m), std::move(u), std::move(average),
                 std::move(norm_scale), std::move(remainder)},
-               group, grad_scale, weight_rounding, {variable, first_element});
+               group, grad_scale, read_rounding(weight_rounding), {variable, first_element});
       },
       py::arg("param"), py::arg("grad"), py::arg("m"), py::arg("u"), py::kw_only(),
       py::arg("average"), py::arg("norm_scale"), py::arg("remainder"), py::arg("group"),

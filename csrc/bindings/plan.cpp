@@ -10,7 +10,7 @@ namespace adamax::bindings {
 
 Plan::Plan(const py::tuple& params, std::vector<std::string> names,
            const std::vector<std::uint32_t>& groups, const KeptLists& lists,
-           const py::object& rounding) {
+           WeightRounding rounding) {
   Leases leases;
   Streams streams;
   entries_.resize(params.size());
@@ -27,7 +27,7 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
     has_versions_ = has_versions_ || has_version(entry.param);
 
     const Storage storage{param.dtype, param.dtype, StateFormat::kFull,
-                          weight_rounding(rounding, param.dtype, label("variables", i))};
+                          rounding_of(param.dtype, rounding, label("variables", i))};
     entry.variable = {.memory = {.param = param.data},
                       .size = param.size,
                       .storage = storage,

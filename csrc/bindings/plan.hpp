@@ -27,8 +27,7 @@ class Plan {
  public:
   // `groups` has the index of each variable's group. The number of a variable is its position.
   Plan(const py::tuple& params, std::vector<std::string> names,
-       const std::vector<std::uint32_t>& groups, const KeptLists& lists,
-       const py::object& rounding);
+       const std::vector<std::uint32_t>& groups, const KeptLists& lists, WeightRounding rounding);
 
   ~Plan();
 

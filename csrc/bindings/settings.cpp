@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -15,24 +16,38 @@ constexpr std::array kDecays = {std::pair("decoupled", DecayRule::kDecoupled),
                                 std::pair("l2", DecayRule::kL2)};
 constexpr std::array kEpsilonModes = {std::pair("outside", EpsilonRule::kOutside),
                                       std::pair("inside", EpsilonRule::kInside)};
+constexpr std::array kRoundings = {std::pair("nearest", WeightRounding::kNearest),
+                                   std::pair("stochastic", WeightRounding::kStochastic),
+                                   std::pair("remainder", WeightRounding::kRemainder)};
 
-// A member of Group as one of two words. Throws ValueError, naming the property, for another one.
-template <auto member, const auto& words>
-void def_word(py::class_<Group>& group, const char* name) {
-  group.def_property(
-      name,
-      [](const Group& self) {
-        return self.*member == words[0].second ? words[0].first : words[1].first;
-      },
-      [name](Group& self, const py::object& value) {
-        for (const auto& [word, rule] : words) {
-          if (py::isinstance<py::str>(value) && value.equal(py::str(word))) {
-            self.*member = rule;
-            return;
-          }
-        }
-        throw py::value_error(std::string(name) + " must be '" + words[0].first + "' or '" +
-                              words[1].first + "'; received " + py::cast<std::string>(repr(value)));
+// What the word stands for. Throws ValueError, with the name of the setting, for another one.
+template <class Rule, std::size_t n>
+Rule read_word(const std::array<std::pair<const char*, Rule>, n>& words, const char* name,
+               const py::object& value) {
+  std::string expected;
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto& [word, rule] = words[i];
+    if (py::isinstance<py::str>(value) && value.equal(py::str(word))) return rule;
+    expected += (i == 0 ? "'" : i + 1 < n ? ", '" : " or '") + std::string(word) + "'";
+  }
+  throw py::value_error(std::string(name) + " must be " + expected + "; received " +
+                        py::cast<std::string>(repr(value)));
+}
+template <class Rule, std::size_t n>
+const char* word_of(Rule rule, const std::array<std::pair<const char*, Rule>, n>& words) {
+  return std::find_if(words.begin(), words.end(),
+                      [&](const auto& item) { return item.second == rule; })
+      ->first;
+}
+
+// A member of a class as a word.
+template <auto member, const auto& words, class Class>
+void def_word(Class& settings, const char* name) {
+  using Self = typename Class::type;
+  settings.def_property(
+      name, [](const Self& self) { return word_of(self.*member, words); },
+      [name](Self& self, const py::object& value) {
+        self.*member = read_word(words, name, value);
       });
 }
 
@@ -55,20 +70,16 @@ void def_clip(py::class_<Call>& call, const char* name) {
 
 }  // namespace
 
-WeightRounding weight_rounding(const py::object& word, DType param, const Label& label) {
-  constexpr std::array kRoundings = {std::pair("nearest", WeightRounding::kNearest),
-                                     std::pair("stochastic", WeightRounding::kStochastic),
-                                     std::pair("remainder", WeightRounding::kRemainder)};
-  for (const auto& [name, rounding] : kRoundings) {
-    if (!py::isinstance<py::str>(word) || !word.equal(py::str(name))) continue;
-    if (rounding == WeightRounding::kNearest || param == DType::kBFloat16) return rounding;
-    if (param != DType::kFloat16) return WeightRounding::kNearest;  // nothing is rounded
-    throw py::type_error(label.text() + " has dtype float16, which weight_rounding '" + name +
-                         "' does not know; expected bfloat16, or weight_rounding 'nearest'");
-  }
-  throw py::value_error(
-      "weight_rounding must be 'nearest', 'stochastic' or 'remainder'; received " +
-      py::cast<std::string>(repr(word)));
+WeightRounding read_rounding(const py::object& word) {
+  return read_word(kRoundings, "weight_rounding", word);
+}
+
+WeightRounding rounding_of(DType param, WeightRounding rounding, const Label& label) {
+  if (rounding == WeightRounding::kNearest || param == DType::kBFloat16) return rounding;
+  if (param != DType::kFloat16) return WeightRounding::kNearest;  // nothing is rounded
+  throw py::type_error(label.text() + " has dtype float16, which weight_rounding '" +
+                       word_of(rounding, kRoundings) +
+                       "' does not know; expected bfloat16, or weight_rounding 'nearest'");
 }
 
 void register_settings(py::module_& m) {
@@ -86,6 +97,10 @@ void register_settings(py::module_& m) {
       .def_readwrite("seed", &Group::seed);
   def_word<&Group::decay, kDecays>(group, "decay");
   def_word<&Group::epsilon_rule, kEpsilonModes>(group, "epsilon_mode");
+
+  py::class_<StepGroup, Group> step_group(m, "StepGroup", "A group of a Stepper.");
+  step_group.def(py::init<>());
+  def_word<&StepGroup::weight_rounding, kRoundings>(step_group, "weight_rounding");
 
   py::class_<Call> call(m, "Call", "What one call does with all variables.");
   call.def(py::init<>())

@@ -8,10 +8,17 @@
 
 namespace adamax::bindings {
 
+// The settings of a group whose variables are not known before the step.
+struct StepGroup : Group {
+  WeightRounding weight_rounding = WeightRounding::kNearest;
+};
+
 void register_settings(pybind11::module_& m);
 
-// What the word means for a parameter of that dtype: one that is not rounded is left as it is.
-// Throws ValueError for another word, TypeError if the dtype does not know it.
-WeightRounding weight_rounding(const pybind11::object& word, DType param, const Label& label);
+// What the word stands for. Throws ValueError for another one.
+WeightRounding read_rounding(const pybind11::object& word);
+// What that means for a parameter of that dtype: one that is not rounded is left as it is. Throws
+// TypeError if the dtype does not know it.
+WeightRounding rounding_of(DType param, WeightRounding rounding, const Label& label);
 
 }  // namespace adamax::bindings

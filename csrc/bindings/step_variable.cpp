@@ -2,17 +2,20 @@
 #include "bindings/step_variable.hpp"
 
 #include <string>
-#include <tuple>
-#include <type_traits>
 #include <utility>
 
+#include "bindings/kept.hpp"
 #include "bindings/settings.hpp"
 
 namespace adamax::bindings {
 namespace {
 
-constexpr std::string_view kRoles[] = {"params", "grads",         "exp_avg",   "exp_inf",
-                                       "step",   "exp_inf_scale", "remainder", "place"};
+constexpr std::string_view kRoles[] = {"params", "grads",         "exp_avg",  "exp_inf",
+                                       "step",   "exp_inf_scale", "remainder"};
+constexpr std::pair<Role, Kept> kKept[] = {{kMomentum, Kept::kMomentum},
+                                           {kNorm, Kept::kNorm},
+                                           {kNormScale, Kept::kNormScale},
+                                           {kRemainder, Kept::kRemainder}};
 
 // Bytes of an element of a moment.
 std::size_t moment_itemsize(const Storage& storage) {
@@ -26,8 +29,8 @@ Label label(Role role, std::size_t i) {
   return {kRoles[role], static_cast<py::ssize_t>(i), nullptr};
 }
 
-py::handle item(const py::tuple& arrays, std::size_t i, Role role) {
-  return PyTuple_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kNumRoles * i + role));
+py::handle item(const py::list& arrays, std::size_t i, Role role) {
+  return PyList_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kNumRoles * i + role));
 }
 
 ScalarType scalar_type(const Buffer& number, const Label& label) {
@@ -86,82 +89,43 @@ void StepVariable::write_count() const {
   }
 }
 
-bool StepVariable::import(const py::tuple& arrays, std::size_t i, const py::object* rounding,
+bool StepVariable::import(const py::list& arrays, std::size_t i, WeightRounding rounding,
                           Leases& leases, std::map<int, Streams>& streams) {
-  bool is_where_it_was = true;
   Buffer param, buffer;
-  const auto place = [&](auto*& known, const Buffer& seen) {
-    void* const data = seen.data;
+  const auto note = [&](const Buffer& seen) {
     if (seen.device != kHost) streams[seen.device].add(seen);
-    is_where_it_was = is_where_it_was && known == data;
-    known = static_cast<std::remove_reference_t<decltype(known)>>(data);
   };
-  Arrays& memory = variable.memory;
-  const StateFormat known_format = variable.storage.state;
+  Variable before = variable;
+  Arrays& known = variable.memory;
 
   const Label param_label = label(kParam, i);
-  import_buffer(item(arrays, i, kParam), param_label, Access::kWrite, leases, param, memory.param);
+  import_buffer(item(arrays, i, kParam), param_label, Access::kWrite, leases, param, known.param);
   require_dense(param, param_label);
-  if (param.size != variable.size || param.dtype != variable.storage.param) {
-    is_where_it_was = false;
-  }
+  note(param);
+  known.param = param.data;
   variable.size = param.size;
   device = param.device;
-  place(memory.param, param);
 
   const Label grad_label = label(kGrad, i);
   import_buffer(item(arrays, i, kGrad), grad_label, Access::kRead, leases, buffer);
   require_pair(param, param_label, buffer, grad_label);
   require_same_layout(buffer, grad_label, param, param_label);
-  if (buffer.device != kHost) streams[buffer.device].add(buffer);
-  memory.grad = buffer.data;
-  variable.storage = {param.dtype, buffer.dtype};
-  if (rounding != nullptr) {
-    variable.storage.rounding = weight_rounding(*rounding, param.dtype, param_label);
-  }
+  note(buffer);
+  known.grad = buffer.data;
+  variable.storage = {param.dtype, buffer.dtype, StateFormat::kFull,
+                      rounding_of(param.dtype, rounding, param_label)};
 
-  const auto import_one = [&](Role role, auto*& known, const auto& check) {
-    import_state(item(arrays, i, role), label(role, i), Access::kWrite, leases, buffer, known);
-    check(label(role, i));
-    place(known, buffer);
-  };
-  const auto with_layout = [&](const auto& check) {
-    return [&](const Label& label) {
-      check(label);
-      require_same_layout(buffer, label, param, param_label);
-    };
-  };
-  StateFormat& format = variable.storage.state;
-  import_one(kMomentum, memory.momentum,
-             with_layout([&](const Label& label) { format = state_format(buffer, label, param); }));
-  import_one(kNorm, memory.norm,
-             with_layout([&](const Label& label) { require_norm(buffer, label, param, format); }));
-  is_where_it_was = is_where_it_was && format == known_format;
-  // What is None unless it is needed.
-  const auto import_if = [&](bool is_needed, Role role, auto*& known, const char* where,
-                             const auto& check) {
-    const bool is_given = !item(arrays, i, role).is_none();
-    if (is_given != is_needed) {
-      throw py::value_error(label(role, i).text() + " must be " +
-                            (is_needed ? "in the state" : "None") + " where " + where +
-                            "; received " + (is_given ? "a buffer" : "None"));
+  for (const auto [role, kind] : kKept) {
+    if (import_kept(kind, item(arrays, i, role), label(role, i), param, param_label, variable,
+                    leases, buffer)) {
+      note(buffer);
     }
-    if (is_needed) return import_one(role, known, check);
-    is_where_it_was = is_where_it_was && known == nullptr;
-    known = nullptr;
-  };
-  const bool is_full = format == StateFormat::kFull;
-  import_if(!is_full, kNormScale, memory.norm_scale,
-            is_full ? "exp_avg is not in fewer bits" : "exp_avg is in 16 or 8 bits",
-            [&](const Label& label) { require_norm_scale(buffer, label, param, format); });
-  const bool has_remainder = variable.storage.rounding == WeightRounding::kRemainder;
-  import_if(has_remainder, kRemainder, memory.remainder,
-            has_remainder ? "weight_rounding is 'remainder'" : "weight_rounding is not 'remainder'",
-            with_layout([&](const Label& label) { require_remainder(buffer, label, param); }));
-  const py::handle where = item(arrays, i, kPlace);
-  std::tie(variable.number, variable.first_element) =
-      where.is_none() ? std::pair<std::uint32_t, std::int64_t>{}
-                      : py::cast<std::pair<std::uint32_t, std::int64_t>>(where);
+  }
+  if (!is_plain(variable.storage)) {  // which draws no random numbers
+    variable.number = py::cast<std::uint32_t>(item(arrays, i, kNumber));
+    const py::handle first = item(arrays, i, kFirstElement);
+    variable.first_element = first.is_none() ? 0 : py::cast<std::int64_t>(first);
+  }
 
   const Label count_label = label(kSteps, i);
   import_counts(item(arrays, i, kSteps), count_label, leases, buffer);
@@ -169,8 +133,10 @@ bool StepVariable::import(const py::tuple& arrays, std::size_t i, const py::obje
   scalar_type(buffer, count_label);
   count_device = buffer.device;
   count_dtype = buffer.dtype;
-  place(count, buffer);
-  return is_where_it_was;
+  note(buffer);
+  before.memory.grad = known.grad;  // which is only read
+  return std::exchange(count, buffer.data) == buffer.data && before.memory == known &&
+         before.size == variable.size && before.storage == variable.storage;
 }
 
 }  // namespace adamax::bindings

@@ -15,7 +15,7 @@ namespace adamax::bindings {
 
 // What there is of a variable, in this order: parameter, gradient, first moment, infinity norm, one
 // float32 or float64, the number of completed steps; or None: the scales of a norm in fewer bits,
-// what a weight does not hold, and where it is among all, as (number, first element).
+// what a weight does not hold; then its number among all, and the first element of a part, or None.
 enum Role {
   kParam,
   kGrad,
@@ -24,16 +24,17 @@ enum Role {
   kSteps,
   kNormScale,
   kRemainder,
-  kPlace,
+  kNumber,
+  kFirstElement,
   kNumRoles,
 };
 
 // As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);
-py::handle item(const py::tuple& arrays, std::size_t i, Role role);
+py::handle item(const py::list& arrays, std::size_t i, Role role);
 
 struct StepVariable {
-  Variable variable;  // without a group
+  Variable variable;  // its group is that of the settings of the call
   int device = kHost;
   int count_device = kHost;
   DType count_dtype = DType::kFloat32;
@@ -41,9 +42,8 @@ struct StepVariable {
   double step = 1.0;           // number of this one, in the type of the count, if on the host
   std::size_t grad_place = 0;  // among what is written, as last seen
 
-  // From the arrays of all variables; `rounding` is a word, or null for the nearest. Returns
-  // whether what a step writes lies where it lay before.
-  bool import(const py::tuple& arrays, std::size_t i, const py::object* rounding, Leases& leases,
+  // From the arrays of all variables. Returns whether what a step writes lies where it lay before.
+  bool import(const py::list& arrays, std::size_t i, WeightRounding rounding, Leases& leases,
               std::map<int, Streams>& streams);
 
   void add_to(WrittenMemory& written, std::size_t i) const;

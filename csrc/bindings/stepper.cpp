@@ -31,7 +31,7 @@ struct Stepper::Part {
   std::size_t last_settings = 0;
   std::unordered_map<std::int64_t, std::uint32_t> by_step;
 
-  void add(const StepVariable& variable, std::size_t settings, const Group& group) {
+  void add(const StepVariable& variable, const Group& group) {
     variables.push_back(variable.variable);
     if (variable.count_device != kHost) {  // nobody knows yet whether it is that of another one
       groups.push_back(group);
@@ -41,8 +41,8 @@ struct Stepper::Part {
       variables.back().group = static_cast<std::uint32_t>(groups.size() - 1);
       return;
     }
-    if (settings != last_settings) by_step.clear();
-    last_settings = settings;
+    if (variable.variable.group != last_settings) by_step.clear();
+    last_settings = variable.variable.group;
     const auto step = static_cast<std::int64_t>(variable.step);
     const auto [found, is_new] = by_step.try_emplace(step, groups.size());
     if (is_new) {
@@ -107,7 +107,8 @@ bool Stepper::share_memory(bool writes_gradients) {
       WrittenMemory all;
       for (std::size_t i = 0; i < variables_.size(); ++i) {
         variables_[i].add_to(all, i);
-        all.add(variables_[i].grad().data(), variables_[i].grad().size(), label(kGrad, i));
+        const std::span<const char> grad = variables_[i].grad();
+        all.add(grad.data(), grad.size(), label(kGrad, i));
       }
       all.seal();
     }
@@ -146,35 +147,32 @@ void Stepper::find_steps(bool one_by_one) {
 
 std::vector<Stepper::Part> Stepper::parts(const StepSettings& settings, bool one_by_one) {
   std::vector<Part> parts;  // one for each device, or each variable
-  std::size_t i = 0;
-  for (std::size_t group = 0; group < settings.sizes.size(); ++group) {
-    for (const std::size_t end = i + settings.sizes[group]; i < end; ++i) {
-      const StepVariable& variable = variables_[i];
-      auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& other) {
-        return !one_by_one && other.device == variable.device;
-      });
-      if (part == parts.end()) part = parts.insert(part, Part{.device = variable.device});
-      part->add(variable, group, settings.groups[group]);
+  for (const StepVariable& variable : variables_) {
+    auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& other) {
+      return !one_by_one && other.device == variable.device;
+    });
+    if (part == parts.end()) {
+      part = parts.insert(part, Part{.device = variable.device});
+      if (!one_by_one) part->variables.reserve(variables_.size());
     }
+    part->add(variable, settings.groups[variable.variable.group]);
   }
   return parts;
 }
 
-std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings settings,
+std::vector<std::size_t> Stepper::step(const py::list& arrays, StepSettings settings,
                                        bool is_strict) {
   const Busy busy(is_busy_);
   const std::size_t count =
       std::accumulate(settings.sizes.begin(), settings.sizes.end(), std::size_t{0});
-  const auto has_one_each = [&](const std::vector<py::object>& objects) {
-    return objects.empty() || objects.size() == settings.groups.size();
-  };
-  if (count * kNumRoles != arrays.size() || settings.sizes.size() != settings.groups.size() ||
-      !has_one_each(settings.learning_rates) || !has_one_each(settings.roundings)) {
+  const std::size_t groups = settings.groups.size();
+  if (count * kNumRoles != arrays.size() || settings.sizes.size() != groups ||
+      (!settings.learning_rates.empty() && settings.learning_rates.size() != groups)) {
     throw py::value_error("arrays must have " + std::to_string(kNumRoles) +
                           " entries for each of the " + std::to_string(count) +
-                          " variables of sizes, and sizes, learning_rates and weight_roundings an "
-                          "entry for each of " +
-                          std::to_string(settings.groups.size()) + " groups; received " +
+                          " variables of sizes, and sizes and learning_rates an entry for each "
+                          "of " +
+                          std::to_string(groups) + " groups; received " +
                           std::to_string(arrays.size()) + " arrays");
   }
   Leases leases;
@@ -182,38 +180,41 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
   bool is_where_it_was = std::exchange(written_is_current_, false) && variables_.size() == count;
   variables_.resize(count);
   std::vector<std::size_t> unfit;
-  const auto check_each = [&](const auto& check) {
-    for (std::size_t i = 0; i < count; ++i) {
-      try {
-        check(i);
-      } catch (const py::builtin_exception&) {
-        if (is_strict) throw;
-        unfit.push_back(i);
-      } catch (const py::error_already_set& error) {
-        if (is_strict || !is_refusal(error)) throw;
-        unfit.push_back(i);
-      }
+  const auto try_with = [&](std::size_t i, const auto& check) {
+    try {
+      check(variables_[i]);
+    } catch (const py::builtin_exception&) {
+      if (is_strict) throw;
+      unfit.push_back(i);
+    } catch (const py::error_already_set& error) {
+      if (is_strict || !is_refusal(error)) throw;
+      unfit.push_back(i);
     }
   };
-  std::size_t group = 0, end = count > 0 ? settings.sizes[0] : 0;  // of the variables of the group
-  check_each([&](std::size_t i) {
-    while (i >= end) end += settings.sizes[++group];
-    const py::object* const rounding =
-        settings.roundings.empty() ? nullptr : &settings.roundings[group];
-    is_where_it_was = variables_[i].import(arrays, i, rounding, leases, streams) && is_where_it_was;
-  });
+  std::size_t i = 0;
+  for (std::uint32_t group = 0; group < groups; ++group) {
+    for (const std::size_t end = i + settings.sizes[group]; i < end; ++i) {
+      try_with(i, [&](StepVariable& variable) {
+        variable.variable.group = group;
+        is_where_it_was &=
+            variable.import(arrays, i, settings.groups[group].weight_rounding, leases, streams);
+      });
+    }
+  }
   if (!unfit.empty()) return unfit;
   written_is_current_ = is_where_it_was;
   const auto loss_scales = import_device_scalars(settings, leases, streams);
 
   const bool one_by_one = share_memory(/*writes_gradients=*/!loss_scales.empty());
   if (one_by_one) {  // each by itself has to be sound
-    check_each([&](std::size_t i) {
-      WrittenMemory written;
-      variables_[i].add_to(written, i);
-      written.seal();
-      variables_[i].require_readable(written, i);
-    });
+    for (i = 0; i < count; ++i) {
+      try_with(i, [&](StepVariable& variable) {
+        WrittenMemory written;
+        variable.add_to(written, i);
+        written.seal();
+        variable.require_readable(written, i);
+      });
+    }
     if (!unfit.empty()) return unfit;
   }
   find_steps(one_by_one);
@@ -235,7 +236,8 @@ std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings set
   }
   ++calls;
   std::vector<py::handle> written;
-  for (std::size_t i = 0; i < count; ++i) {
+  written.reserve(count);
+  for (i = 0; i < count; ++i) {
     if (variables_[i].count_device == kHost) variables_[i].write_count();
     written.push_back(item(arrays, i, kParam));
   }

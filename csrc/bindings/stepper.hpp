@@ -12,6 +12,7 @@
 #include "adamax/adamax.hpp"
 #include "bindings/backend.hpp"
 #include "bindings/overlap.hpp"
+#include "bindings/settings.hpp"
 #include "bindings/step_variable.hpp"
 
 namespace adamax::bindings {
@@ -20,9 +21,8 @@ namespace adamax::bindings {
 // one element, or None.
 struct StepSettings {
   std::vector<std::size_t> sizes;          // variables of each group
-  std::vector<Group> groups;               // their `step` is not used
+  std::vector<StepGroup> groups;           // their `step` is not used
   std::vector<py::object> learning_rates;  // in device memory; empty, or an entry for each group
-  std::vector<py::object> roundings;  // of weights, as words; empty, or an entry for each group
   // grad_scale and found_inf, on each device.
   std::vector<std::pair<py::object, py::object>> loss_scales;
 };
@@ -33,12 +33,13 @@ class Stepper {
   ~Stepper();
 
   // One step of all variables together; of one after the other, in order, if they share memory.
-  // `arrays` has those of each Role for each variable. The number of completed steps is raised; it
-  // lies on the host, or where the variable does, and is then read when the device runs.
+  // `arrays` has those of each Role for each variable; nobody changes it meanwhile. The number of
+  // completed steps is raised; it lies on the host, or where the variable does, and is then read
+  // when the device runs.
   //
   // Returns the variables whose memory no kernel takes as it is, with nothing changed; throws what
   // is wrong with the first one instead if `is_strict`.
-  std::vector<std::size_t> step(const py::tuple& arrays, StepSettings settings, bool is_strict);
+  std::vector<std::size_t> step(const py::list& arrays, StepSettings settings, bool is_strict);
 
   std::int64_t calls = 0;  // of step(), that were done: an interrupt in Python can come behind one
 

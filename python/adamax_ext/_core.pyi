@@ -30,6 +30,11 @@ class Group:
     seed: int
     def __init__(self) -> None: ...
 
+class StepGroup(Group):
+    """A group of a Stepper."""
+
+    weight_rounding: str  # "nearest", "stochastic" or "remainder"
+
 class Call:
     """What one call does with all variables."""
 
@@ -81,9 +86,8 @@ class Stepper:
         arrays: list[Any],  # for each variable: see the roles of csrc/bindings/step_variable.hpp
         *,
         sizes: Sequence[int],  # variables of each group
-        groups: Sequence[Group],
+        groups: Sequence[StepGroup],
         learning_rates: Sequence[Any],  # in device memory, or None; empty, or for each group
-        weight_roundings: Sequence[str],  # empty, or for each group
         loss_scales: Sequence[tuple[Any, Any]],  # grad_scale and found_inf of each device
         is_strict: bool,
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
@@ -95,9 +99,7 @@ def collect(
     keys: tuple[str, ...],
     optional_keys: tuple[str, ...],
     plain_types: tuple[type, ...],
-) -> tuple[
-    list[Any], list[int], list[int], list[int]
-]: ...  # arrays and sizes for step(), what to inspect, positions without a gradient
+) -> tuple[list[Any], list[int], list[int]]: ...  # arrays and sizes for step(), what to inspect
 def update(
     param: Any,
     grad: Any,

@@ -15,30 +15,39 @@ HostArray: TypeAlias = np.ndarray[Any, Any]
 Array: TypeAlias = Any
 
 
-def zeros_for(
-    variable: Any, role: str, index: int, dtype: str | None = None, length: int | None = None
-) -> Array:
+def zeros_for(variable: Any, role: str, index: int, dtype: str | None = None) -> Array:
     """Return zeros with shape, memory order and device of `variable`, in its compute type.
 
-    Or in `dtype`, where bfloat16 is uint16 if there is no other; or in one axis of that `length`.
+    Or in `dtype`, where bfloat16 is uint16 if there is no other.
     """
     shape, strides, own_dtype, computed, address, _, device = _core.describe(variable, role, index)
-    if device < 0 and length is not None:
-        return _zeros((length,), (1,), dtype or computed)
-    if device < 0 and dtype is not None:
+    if device >= 0:
+        library, in_memory = _library_of(variable, role, index, dtype or computed)
+        with variable.device:  # CuPy allocates on the current one otherwise
+            return library.zeros_like(variable, dtype=in_memory)
+    if dtype is not None:
         return _zeros(shape, strides, host_dtype(dtype))
+    # At the same place in a cache line, element for element, as a loop aligns both at once.
+    return _zeros(shape, strides, computed, address * (1 if computed == own_dtype else 2))
+
+
+def scales_for(variable: Any, role: str, index: int, length: int) -> Array:
+    """Return so many float32 zeros, in one axis, on the device of `variable`."""
+    *_, device = _core.describe(variable, role, index)
     if device < 0:
-        # At the same place in a cache line, element for element, as a loop aligns both at once.
-        return _zeros(shape, strides, computed, address * (1 if computed == own_dtype else 2))
-    dtype = dtype or computed
+        return _zeros((length,), (1,), "float32")
+    library, in_memory = _library_of(variable, role, index, "float32")
+    with variable.device:
+        return library.zeros(length, dtype=in_memory)
+
+
+def _library_of(variable: Any, role: str, index: int, dtype: str) -> tuple[Any, Any]:
+    """Return the library of a device array, and its name for the dtype or for the same bits."""
     for base in type(variable).__mro__:
         library = sys.modules.get(base.__module__.partition(".")[0])
         name = dtype if hasattr(library, dtype) else host_dtype(dtype)
         if library is not None and hasattr(library, "zeros_like") and hasattr(library, name):
-            with variable.device:  # CuPy allocates on the current one otherwise
-                if length is not None:
-                    return library.zeros(length, dtype=getattr(library, name))
-                return library.zeros_like(variable, dtype=getattr(library, name))
+            return library, getattr(library, name)
     raise TypeError(
         f"{role}[{index}] is a {type(variable).__name__} on a GPU, whose library cannot make the "
         "optimizer's state; expected a torch tensor or a CuPy array"

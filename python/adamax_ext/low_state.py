@@ -55,12 +55,13 @@ def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding
     bits = bits_of(state_bits, size)
     dtypes = DTYPES.get(bits, (None, None))
 
-    def zeros(dtype: str | None, length: int | None = None) -> arrays.Array:
-        return arrays.zeros_for(variable, "variables", index, dtype, length)
+    def zeros(dtype: str | None) -> arrays.Array:
+        return arrays.zeros_for(variable, "variables", index, dtype)
 
     kept = {kind: zeros(dtype) for kind, dtype in zip(_STATE, dtypes, strict=True)}
     if bits < 32:
-        kept["norm_scale"] = zeros("float32", number_of_scales(bits, size))
+        count = number_of_scales(bits, size)
+        kept["norm_scale"] = arrays.scales_for(variable, "variables", index, count)
     if bits == 16:
         arrays.assign(kept["norm_scale"], np.ones(1, np.float32))
     if weight_rounding == "remainder" and of_weights == "bfloat16":

@@ -4,6 +4,7 @@ from unittest import mock
 
 import adamax_ext
 import numpy as np
+import pytest
 
 from support import reference_lowmem as program
 from support.bits import (
@@ -16,10 +17,20 @@ from support.bits import (
     spread,
     widened,
 )
+from support.memory import unaligned
 from support.reference import ReferenceAdamax
 from support.steps import EMA_MOMENTUM
 
 ROUNDINGS = ("nearest", "stochastic", "remainder")
+# Of an optimizer: bits of the state, rounding of the weights; all but the plain ones.
+OPTIONS = [
+    (bits, rounding)
+    for bits in (32, 16, 8)
+    for rounding in ROUNDINGS
+    if (bits, rounding) != (32, "nearest")
+]
+every_option = pytest.mark.parametrize(("bits", "rounding"), OPTIONS)
+needs_bfloat16 = pytest.mark.skipif(not is_testable("bfloat16"), reason="bfloat16 needs ml_dtypes")
 # Parameter, gradient, bits of the state, rounding of the weights: all but the plain ones.
 STORAGES = [
     (param, grad, bits, rounding)
@@ -31,15 +42,6 @@ STORAGES = [
     if bits < 32 or rounding != "nearest"
     if bits == 32 or param != "float64"
 ]
-
-
-def placed(array, odd):
-    """Return a copy that begins `odd` bytes after an address that any type may begin at."""
-    memory = np.zeros(array.nbytes + 64 + odd, np.uint8)
-    begin = -memory.ctypes.data % 64 + odd
-    copy = memory[begin : begin + array.nbytes].view(array.dtype)
-    copy[:] = array
-    return copy
 
 
 def low_state(size, bits, epsilon):
@@ -78,7 +80,7 @@ class Twins:
         if average:
             stored["average"] = self.average
         stored["param"] = self._as_stored()
-        self.buffers = {name: placed(array, odd) for name, array in stored.items()}
+        self.buffers = {name: unaligned(array, odd)[0] for name, array in stored.items()}
 
     def _fill(self, rng, size, bits):
         state = self.state
@@ -104,24 +106,11 @@ class Twins:
 
     def step(self, gradient, label, *, step, grad_scale=1.0, clipvalue=None, **settings):
         """Do one step on both, and require the same bits."""
-        grad = placed(rounded(gradient, dtype_of(self.grad)), self.odd)
-        size = grad.size
+        grad = unaligned(rounded(gradient, dtype_of(self.grad)), self.odd)[0]
         settings = {"step": step, "clipvalue": clipvalue, **settings}
-        self.state.epsilon = settings["epsilon"]
-        if settings.get("epsilon_mode") == "inside":
-            self.state.epsilon = 0.0
-        draw = (self.place["seed"], step, self.place["variable"], self.place["first_element"], size)
-        w = self.weight.read()
         with np.errstate(all="ignore"):
             h = widened(grad) * np.float32(grad_scale)
-            self.state.step(w, h, program.random_bits(program.MOMENTUM, *draw), **settings)
-            if self.param == "float16":
-                w = widened(rounded(w, np.dtype(np.float16)))
-            self.weight.write(w, program.random_bits(program.WEIGHT, *draw))
-            if self.average is not None:
-                w, k = self.weight.read(), np.float32(EMA_MOMENTUM)
-                running = self.average * k + w * (np.float32(1) - k)
-                self.average = w if step == 1 else running
+        self.update(h, **settings)
         adamax_ext.update(
             grad=grad,
             **self.buffers,
@@ -132,6 +121,36 @@ class Twins:
             **settings,
         )
         self.require_same(label)
+
+    def update(self, h, *, step, overwrite=False, **settings):
+        """Let the program do a step on its variable; `h` is unscaled, and clipped by norm."""
+        inside = settings.get("epsilon_mode") == "inside"
+        self.state.epsilon = 0.0 if inside else settings["epsilon"]
+        draw = (self.place["seed"], step, self.place["variable"], self.place["first_element"])
+        w = self.weight.read()
+        with np.errstate(all="ignore"):
+            drawn = program.random_bits(program.MOMENTUM, *draw, h.size)
+            self.state.step(w, h, drawn, step=step, **settings)
+            if self.param == "float16":
+                w = widened(rounded(w, np.dtype(np.float16)))
+            self.weight.write(w, program.random_bits(program.WEIGHT, *draw, h.size))
+        if self.average is not None:
+            self.update_average(step, overwrite=overwrite)
+
+    def update_average(self, step, *, overwrite=False):
+        """Of the weights as they are stored; at step 0 it is as it was."""
+        w, k = self.weight.read(), np.float32(EMA_MOMENTUM)
+        with np.errstate(all="ignore"):
+            running = self.average * k + w * (np.float32(1) - k)
+            self.average = (self.average, w)[step] if step < 2 else running
+            if not overwrite:
+                return
+            if self.param != "bfloat16":
+                self.weight.value = widened(rounded(self.average, dtype_of(self.param)))
+            elif self.rounding == "remainder":
+                self.weight.half, self.weight.low = program.bf16_split(self.average)
+            else:
+                self.weight.half = program.bf16_nearest(self.average)
 
     def require_same(self, label):
         size = self.buffers["param"].size

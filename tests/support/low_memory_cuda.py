@@ -3,12 +3,10 @@
 import numpy as np
 
 from support import reference
-from support import reference_lowmem as program
 from support.bits import dtype_of, rounded, spread, widened
 from support.cuda_api import variable_of
 from support.low_memory import Twins, assert_same
 from support.memory import unaligned
-from support.steps import EMA_MOMENTUM
 
 SPECIAL = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e30, 1e-30, 1e-45, -0.0]
 FILL = 0xA5  # of the memory around an array
@@ -53,36 +51,6 @@ class DeviceTwins(Twins):
     def unscaled(self, scale=1.0):
         with np.errstate(all="ignore"):
             return widened(self.gradient) * np.float32(scale)
-
-    def update(self, h, *, step, overwrite=False, **settings):
-        """Let the program do a step on its variable; `h` is unscaled, averaged and clipped."""
-        inside = settings.get("epsilon_mode") == "inside"
-        self.state.epsilon = 0.0 if inside else settings["epsilon"]
-        draw = (self.place["seed"], step, self.place["variable"], self.place["first_element"])
-        w = self.weight.read()
-        with np.errstate(all="ignore"):
-            drawn = program.random_bits(program.MOMENTUM, *draw, self.size)
-            self.state.step(w, h, drawn, step=step, **settings)
-            if self.param == "float16":
-                w = widened(rounded(w, np.dtype(np.float16)))
-            self.weight.write(w, program.random_bits(program.WEIGHT, *draw, self.size))
-        if self.average is not None:
-            self.update_average(step, overwrite=overwrite)
-
-    def update_average(self, step, *, overwrite=False):
-        """Of the weights as they are stored; at step 0 it is as it was."""
-        w, k = self.weight.read(), np.float32(EMA_MOMENTUM)
-        with np.errstate(all="ignore"):
-            running = self.average * k + w * (np.float32(1) - k)
-            self.average = (self.average, w)[step] if step < 2 else running
-            if not overwrite:
-                return
-            if self.param != "bfloat16":
-                self.weight.value = widened(rounded(self.average, dtype_of(self.param)))
-            elif self.rounding == "remainder":
-                self.weight.half, self.weight.low = program.bf16_split(self.average)
-            else:
-                self.weight.half = program.bf16_nearest(self.average)
 
     def require_same(self, label):
         others = {"grad": self.gradient, "accumulator": self.accumulator}

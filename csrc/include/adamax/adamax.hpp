@@ -222,10 +222,10 @@ void set_num_threads(int n);
 int get_num_threads();
 
 std::string_view dtype_name(DType dtype);
-// Bytes of an element in memory.
-constexpr std::size_t itemsize(DType dtype) {
-  constexpr std::size_t kSizes[] = {4, 8, 2, 2, 1, 1, 2, 2};
-  return kSizes[static_cast<int>(dtype)];
+namespace detail {
+inline constexpr std::size_t kItemSizes[] = {4, 8, 2, 2, 1, 1, 2, 2};
 }
+// Bytes of an element in memory.
+constexpr std::size_t itemsize(DType dtype) { return detail::kItemSizes[static_cast<int>(dtype)]; }
 
 }  // namespace adamax

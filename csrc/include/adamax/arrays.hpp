@@ -15,6 +15,8 @@ struct Arrays {
   void* accumulator = nullptr;  // needed when micro_batches > 1
   float* norm_scale = nullptr;  // with state in fewer bits: number_of_scales()
   void* remainder = nullptr;    // int16, with WeightRounding::kRemainder
+
+  bool operator==(const Arrays&) const = default;
 };
 
 }  // namespace adamax

@@ -73,9 +73,6 @@ def placed(variable: Variable, i: int) -> Variable:
     for key, placements in fixed.items():
         if getattr(variable, key) is not None:
             _require_placed(getattr(variable, key), param.device_mesh, placements, f"{key}[{i}]")
-    if variable.place is not None:
-        number, _ = variable.place
-        variable = variable._replace(place=(number, parts_of(param).first_element))
     with torch.no_grad():
         return variable._replace(
             grad=_placed_as(param, grad, f"grads[{i}]"),

@@ -8,9 +8,7 @@ from torch import Tensor
 from adamax_ext import low_state
 from adamax_ext.torch import storage
 from adamax_ext.torch.parts import is_distributed, parts_of
-from adamax_ext.torch.tensors import Variable
-
-KEYS, OPTIONAL_KEYS = Variable._fields[2:5], Variable._fields[5:-1]
+from adamax_ext.torch.tensors import KEYS, OPTIONAL_KEYS
 
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

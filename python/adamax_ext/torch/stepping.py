@@ -1,8 +1,8 @@
 """A step of all parameter groups: collects their tensors and settings for one native call."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, islice, repeat
+from collections.abc import Iterator
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
-from adamax_ext.torch.parts import is_distributed, local, placed, ready
-from adamax_ext.torch.state import KEYS, OPTIONAL_KEYS, new_state
-from adamax_ext.torch.tensors import PLACE, WIDTH, Gathered, Variable, scatter, share_memory
+from adamax_ext.torch.parts import is_distributed, local, parts_of, placed, ready
+from adamax_ext.torch.state import new_state
+from adamax_ext.torch.tensors import (
+    KEYS,
+    OPTIONAL_KEYS,
+    WIDTH,
+    Gathered,
+    Variable,
+    scatter,
+    share_memory,
+)
 
 _CAPTURABLE_DEVICES = ["cuda"]
 
@@ -37,17 +45,15 @@ UNSCALED = LossScale(None, None)
 class Settings(NamedTuple):
     """Those of some groups, as the native step takes them."""
 
-    groups: list[_core.Group]
+    groups: list[_core.StepGroup]
     learning_rates: list[Tensor | None]  # that a GPU is to read; empty if there are none
-    roundings: list[str]  # of weights; empty if all are to nearest
     loss_scale: LossScale
+    is_plain: bool  # no group has options of storage
 
     def of(self, i: int) -> "Settings":
         """Return those of one group."""
         one = slice(i, i + 1)
-        return Settings(
-            self.groups[one], self.learning_rates[one], self.roundings[one], self.loss_scale
-        )
+        return self._replace(groups=self.groups[one], learning_rates=self.learning_rates[one])
 
 
 class Stepping:
@@ -58,7 +64,7 @@ class Stepping:
         self._stepper = _core.Stepper()
         self._undone_calls = 0  # of the stepper, when what they did was undone
         self._settings: list[tuple[Any, ...]] = []
-        self._groups: list[_core.Group] = []  # of these settings
+        self._groups: list[_core.StepGroup] = []  # of these settings
 
     def step(
         self,
@@ -67,19 +73,14 @@ class Stepping:
         loss_scale: LossScale,
     ) -> None:
         """Do one step, or raise an exception that says why nothing was done."""
-        arrays, sizes, to_inspect, without_gradient = _core.collect(
+        arrays, sizes, to_inspect = _core.collect(
             [group["params"] for group in param_groups],
             states,
             keys=KEYS,
             optional_keys=OPTIONAL_KEYS,
             plain_types=(Parameter, Tensor),
         )
-        draws = any("seed" in group for group in param_groups)
-        if draws:
-            numbers: Iterable[int] = range(sum(sizes) + len(without_gradient))
-            if without_gradient:
-                numbers = sorted(set(numbers).difference(without_gradient))
-            arrays[PLACE::WIDTH] = zip(numbers, repeat(0))
+        is_plain = not any("seed" in group for group in param_groups)
         ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
@@ -94,6 +95,8 @@ class Stepping:
             if is_distributed(param):
                 wrappers.append(param)
                 variable = placed(variable, i)
+                if not is_plain:
+                    variable = variable._replace(first_element=parts_of(param).first_element)
                 if param in states:  # moments that were loaded for another placement stay here
                     states[param].update(variable.state)
                 variable = local(variable)
@@ -101,7 +104,7 @@ class Stepping:
         for group, size, end in zip(param_groups, sizes, ends, strict=True):
             if group["capturable"]:
                 _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
-        settings = self._settings_of(param_groups, loss_scale)
+        settings = self._settings_of(param_groups, loss_scale, is_plain)
         states.update(new_states)
         before = self._stepper.calls
         try:
@@ -114,7 +117,7 @@ class Stepping:
         if wrappers:
             torch.autograd.graph.increment_version(wrappers)
 
-    def _step_arrays(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
+    def _step_arrays(self, arrays: list[Any], sizes: list[int], settings: Settings) -> None:
         """Do one step on the tensors of each Variable, one after the other in `arrays`."""
         unfit = self._call(arrays, sizes, settings, is_strict=False)
         if unfit:
@@ -122,7 +125,7 @@ class Stepping:
                 self._step_gathered(arrays, sizes, settings, unfit)
 
     def _step_gathered(
-        self, arrays: list[Tensor], sizes: list[int], settings: Settings, unfit: list[int]
+        self, arrays: list[Any], sizes: list[int], settings: Settings, unfit: list[int]
     ) -> None:
         """Do one step where the native one does not take some variables as they are."""
         writes_gradients = settings.loss_scale.grad_scale is not None
@@ -133,7 +136,7 @@ class Stepping:
                 begin = WIDTH * i
                 arrays[begin + 1] = ready(arrays[begin + 1])  # a gradient that a collective gives
                 variable = Variable(*arrays[begin : begin + WIDTH])
-                gathered[i] = Gathered(variable, self.name, writes_gradients)
+                gathered[i] = Gathered(variable, self.name, writes_gradients, settings.is_plain)
                 taken[begin : begin + WIDTH] = gathered[i].variable
             if share_memory(arrays, gathered):
                 self._step_in_turn(arrays, sizes, settings)
@@ -151,7 +154,7 @@ class Stepping:
             if not unfit:
                 return
 
-    def _step_in_turn(self, arrays: list[Tensor], sizes: list[int], settings: Settings) -> None:
+    def _step_in_turn(self, arrays: list[Any], sizes: list[int], settings: Settings) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""
         done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
         variables = (arrays[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH))
@@ -168,23 +171,23 @@ class Stepping:
             raise
 
     def _call(
-        self, arrays: list[Tensor], sizes: list[int], settings: Settings, is_strict: bool
+        self, arrays: list[Any], sizes: list[int], settings: Settings, is_strict: bool
     ) -> list[int]:
-        groups, learning_rates, roundings, loss_scale = settings
         return self._stepper.step(
             arrays,
             sizes=sizes,
-            groups=groups,
-            learning_rates=learning_rates,
-            weight_roundings=roundings,
-            loss_scales=loss_scale.for_devices_of(islice(arrays, 0, None, WIDTH)),
+            groups=settings.groups,
+            learning_rates=settings.learning_rates,
+            loss_scales=settings.loss_scale.for_devices_of(islice(arrays, 0, None, WIDTH)),
             is_strict=is_strict,
         )
 
-    def _settings_of(self, param_groups: list[dict[str, Any]], loss_scale: LossScale) -> Settings:
+    def _settings_of(
+        self, param_groups: list[dict[str, Any]], loss_scale: LossScale, is_plain: bool
+    ) -> Settings:
         count = len(param_groups)
         if len(self._groups) != count:
-            self._settings, self._groups = [()] * count, [_core.Group() for _ in range(count)]
+            self._settings, self._groups = [()] * count, [_core.StepGroup() for _ in range(count)]
         rates: list[Tensor | None] = [None] * count
         for i, group in enumerate(param_groups):
             lr = group["lr"]
@@ -202,17 +205,14 @@ class Stepping:
                 float(group["weight_decay"]),
                 group["maximize"],
                 group["decoupled_weight_decay"],
+                group.get("weight_rounding", "nearest"),
                 group.get("seed", 0),
             )
             if settings != self._settings[i]:
-                self._settings[i] = settings
                 self._groups[i] = _native_group(*settings)
+                self._settings[i] = settings
         has_rates = any(rate is not None for rate in rates)
-        roundings: list[str] = [group.get("weight_rounding", "nearest") for group in param_groups]
-        rounds = any(rounding != "nearest" for rounding in roundings)
-        return Settings(
-            self._groups, rates if has_rates else [], roundings if rounds else [], loss_scale
-        )
+        return Settings(self._groups, rates if has_rates else [], loss_scale, is_plain)
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
@@ -227,15 +227,16 @@ def _native_group(
     weight_decay: float,
     maximize: bool,
     decoupled: bool,
+    weight_rounding: str,
     seed: int,
-) -> _core.Group:
-    group = _core.Group()
+) -> _core.StepGroup:
+    group = _core.StepGroup()
     group.learning_rate = lr
     group.beta_1, group.beta_2 = beta_1, beta_2
     group.epsilon, group.epsilon_mode = eps, "inside"
     group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
     group.maximize = bool(maximize)
-    group.seed = seed
+    group.weight_rounding, group.seed = weight_rounding, seed
     return group
 
 

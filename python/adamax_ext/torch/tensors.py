@@ -21,12 +21,13 @@ class Variable(NamedTuple):
     step: Tensor
     exp_inf_scale: Any = None  # of a norm in fewer bits
     remainder: Any = None  # what a bfloat16 weight does not hold
-    place: Any = None  # number of the variable, and the first element of a part; or None
+    number: int = 0  # among all of the optimizer
+    first_element: int | None = None  # of a part, where random numbers are drawn
 
     @property
     def state(self) -> dict[str, Any]:
         """Return what is kept from step to step, by its key."""
-        kept = zip(self._fields[2:-1], self[2:-1], strict=True)
+        kept = zip(KEYS + OPTIONAL_KEYS, self[2:-2], strict=True)
         return {key: value for key, value in kept if value is not None}
 
     @property
@@ -41,10 +42,10 @@ class Variable(NamedTuple):
 
 
 WIDTH = len(Variable._fields)  # of one in a list of tensors of many
-PLACE = Variable._fields.index("place")
+KEYS, OPTIONAL_KEYS = Variable._fields[2:5], Variable._fields[5:-2]  # of a state
 
 
-def share_memory(arrays: list[Tensor], unfit: Iterable[int]) -> bool:
+def share_memory(arrays: list[Any], unfit: Iterable[int]) -> bool:
     """Whether a variable that is gathered may share memory with what another one has.
 
     `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
@@ -93,11 +94,13 @@ class Gathered:
     Raises RuntimeError for what torch's own step does not take either.
     """
 
-    def __init__(self, variable: Variable, name: str, writes_gradient: bool) -> None:
-        param, grad, exp_avg, exp_inf, step, scale, remainder, place = variable
+    def __init__(
+        self, variable: Variable, name: str, writes_gradient: bool, is_plain: bool
+    ) -> None:
+        param, grad, exp_avg, exp_inf, step, scale, remainder, number, first = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        for key, kept in zip(Variable._fields[2:5], variable[2:5], strict=True):
+        for key, kept in zip(KEYS, variable[2:5], strict=True):
             if not isinstance(kept, Tensor):
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
         for tensor in variable.written + [grad] * writes_gradient:
@@ -141,7 +144,7 @@ class Gathered:
         self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
         # Where there may be fewer bits, a moment of another dtype is not one that is to be widened.
-        is_full = scale is None and place is None and exp_avg.is_floating_point()
+        is_full = scale is None and is_plain and exp_avg.is_floating_point()
         exp_avg = plain(exp_avg, wide if is_full else exp_avg.dtype)
         exp_inf = plain(exp_inf, wide if is_full else exp_inf.dtype)
         if remainder is not None:
@@ -151,7 +154,9 @@ class Gathered:
         if not (is_plain and (step.is_cpu or step.device == param.device)):
             count = step.to("cpu", torch.float64)
             self.copies.append((count, step))
-        self.variable = Variable(param, grad, exp_avg, exp_inf, count, scale, remainder, place)
+        self.variable = Variable(
+            param, grad, exp_avg, exp_inf, count, scale, remainder, number, first
+        )
 
 
 def scatter(gathered: Iterable[Gathered]) -> None:
