@@ -160,7 +160,7 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
   using Grad = Stored<kPairs[pair].grad>;
   using Momentum = typename StateOf<state>::Momentum;
   using Norm = typename StateOf<state>::Norm;
-  static constexpr int kBlocks = 6;  // on a multiprocessor at once: registers for no more
+  static constexpr int kBlocks = 5;  // on a multiprocessor at once: registers for no more
   static constexpr bool kHasLargest = state == StateFormat::k8Bits;
   static constexpr bool kIsRounded = kPairs[pair].param == DType::kBFloat16;  // in one of many ways
 
@@ -262,10 +262,12 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
                 [&](auto lane) { lane.store(Packed<float>{}, accumulator); });
     }
 
-    if (row.clip != nullptr) {
-      s.clip_scale = V(static_cast<float>(*row.clip));
-      s.clips = true;
+    if (row.clip != nullptr || s.clips) {
+      const V scale(row.clip != nullptr ? static_cast<float>(*row.clip) : 1.0f);
+      for (V& x : h) x = clamp(x * scale, s.clip_value);
     }
+    s.clips = false;  // no more: to ask for each element again would take registers
+
     const DecayRule decay = r.group.rules.decay();
     const EpsilonRule epsilon = r.group.rules.epsilon();
     if constexpr (state != StateFormat::k8Bits) {
@@ -278,7 +280,7 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
       return 0.0f;
     } else {
       for (int k = 0; k < kOfLane; ++k) {
-        h[k] = limited(h[k], r.w[k], decay, s);
+        if (decay == DecayRule::kL2) h[k] = limited(h[k], r.w[k], decay, s);
         move_moments(r.m[k], r.u[k], static_cast<Bits>(momenta[k]), Bits{norms[k]},
                      r.block_scale[0], h[k], epsilon, s);
       }
