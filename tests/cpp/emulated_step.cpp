@@ -76,8 +76,9 @@ extern "C" [[gnu::visibility("default")]] const char* emulated_step(
     const adamax::DTypePair pair = adamax::kPairs[v.pair];
     const adamax::Storage storage{pair.param, pair.grad, static_cast<adamax::StateFormat>(v.state),
                                   static_cast<adamax::WeightRounding>(v.rounding)};
-    made.push_back({v.memory, v.size, storage, v.group, v.number, v.first_element});
-    made.back().has_accumulated = v.memory.accumulator != nullptr;
+    const bool has_accumulated = v.memory.accumulator != nullptr;
+    made.push_back(
+        {v.memory, v.size, storage, v.group, has_accumulated, v.number, v.first_element});
   }
   std::vector<adamax::Group> made_groups;
   for (const TestGroup& g : std::span(groups, num_groups)) {
