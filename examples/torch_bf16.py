@@ -110,7 +110,7 @@ def train(make_optimizer, dtype, steps, seed=0):
     with torch.no_grad():
         tests = [loss_of(model, batch_of(held_out, generator)).item() for _ in range(40)]
     kept = list(model.parameters())
-    kept += [x for state in optimizer.state.values() for x in state.values() if x.dim() > 0]
+    kept += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     weights = sum(p.numel() for p in model.parameters())
     return losses, sum(tests) / len(tests), sum(x.nbytes for x in kept) / weights
 
