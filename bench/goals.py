@@ -8,7 +8,6 @@ from rows import (
     FUSED,
     OURS,
     OURS_8,
-    OURS_16,
     OURS_CLASS,
     OURS_CLASS_8,
     OURS_JAX,
@@ -17,7 +16,6 @@ from rows import (
     PEER_OF,
     PEERS_8,
     Rows,
-    comparable_seconds,
     l2_mark,
     ratio_text,
     seconds_text,
@@ -114,24 +112,10 @@ def class_goals(goals: Goals) -> None:
 
 
 def low_memory_goals(goals: Goals) -> None:
-    """Of state in fewer bits: the time of its bytes, or that of its arithmetic in L2."""
-    find, elements, in_l2 = goals.rows.find, 2**24, 2**14
-    for ours, state in ((OURS_16, 2), (OURS_8, 1)):
-        full, row = find("plain 2^24", OURS), find("plain 2^24", ours)
-        small = find("plain 2^14", ours)
-        if not (full and row and small):
-            continue
-        by_bytes = full["seconds"]["median"] * (12 + 4 * state) / 28
-        by_arithmetic = small["seconds"]["median"] / in_l2 * elements / goals.rows.threads
-        allowed = max(by_bytes, by_arithmetic)
-        limit = "bytes" if by_bytes > by_arithmetic else "arithmetic"
-        measured = comparable_seconds(row, full) / allowed
-        text = f"{measured:.2f}: {full['seconds']['median'] / allowed / measured:.2f} times as fast"
-        what = f"{ours}, 2^24: in times of what its {limit} take"
-        goals.line(what, 1.15, measured, f"{text} as the float32 step", at_most=True)
+    """Of state in 8 bits beside that of others; the harness has what is promised of it alone."""
     for work in ("plain 2^24", "bfloat16 2^24"):
         for peer in PEERS_8:
-            ratio = times_of(find(work, peer), find(work, OURS_CLASS_8))
+            ratio = times_of(goals.rows.find(work, peer), goals.rows.find(work, OURS_CLASS_8))
             goals.ratio(f"{OURS_CLASS_8}, {work}: times as fast as {peer}", None, ratio)
 
 

@@ -183,6 +183,40 @@ def harness_promises(rows: Sequence[Row]) -> str:
     return table(["promise, of the bound", "at least", "measured (quartiles)", "met"], lines)
 
 
+# Bytes that a step moves an element, of weights without their state.
+_OF_WEIGHTS = {
+    ("float32-float32", "nearest"): 12,
+    ("bfloat16-bfloat16", "nearest"): 6,
+    ("bfloat16-bfloat16", "stochastic"): 6,
+    ("bfloat16-bfloat16", "remainder"): 10,
+}
+
+
+def low_memory_promises(members: Sequence[tuple[dict[str, str], Row]]) -> str:
+    """Return a table: the time of a step in memory, and the most that it may be.
+
+    That is 1.15 times the larger of the float32 step's by the bytes that it moves, and of its own
+    time an element in L2 on as many threads.
+    """
+    costs = {tuple(settings.values()): row["ns_per_element"] for settings, row in members}
+    lines = []
+    for key, cost in costs.items():
+        pair, state, weights, isa, threads, elements = key
+        in_l2 = costs.get((*key[:5], f"{2**14}"))  # where one thread does it
+        full = costs.get(("float32-float32", "32", "nearest", isa, threads, elements))
+        if elements != f"{2**24}" or threads == "1" or in_l2 is None or full is None:
+            continue
+        by_bytes = full * (_OF_WEIGHTS[pair, weights] + int(state) // 2) / 28
+        by_arithmetic = in_l2 / int(threads)
+        limit = max(by_bytes, by_arithmetic)
+        what = "bytes" if by_bytes >= by_arithmetic else "arithmetic"
+        met = "yes" if cost <= 1.15 * limit else "**no**"
+        times = [f"{full / cost:.2f}", what, f"{cost / limit:.2f}", met]
+        lines.append([pair, state, weights, isa, f"{cost:.3f}", *times])
+    header = ["pair", "state", "weights", "isa", "ns an element", "times as fast as float32"]
+    return table([*header, "limit", "in times of it (at most 1.15)", "met"], lines)
+
+
 def harness_report(results: dict[str, Any]) -> str:
     context = results["context"]
     known = ("num_cpus", "mhz_per_cpu", "library_version", "isas", "compiler")
@@ -211,6 +245,8 @@ def harness_report(results: dict[str, Any]) -> str:
             lines.append([*(settings.get(key, "") for key in keys), time, cost, speed, fraction])
         header = [*keys, "time", "ns an element", "GB/s", "of the bound"]
         parts += [f"## {kind}\n", table(header, lines)]
+        if kind == "low":
+            parts += ["What is promised of them:\n", low_memory_promises(members)]
     return "\n".join(parts)
 
 
