@@ -177,8 +177,10 @@ void import_memory(const TypeInfo& info, py::handle object, const Label& label, 
                        "array, or the buffer protocol)");
 }
 
-void import_any(py::handle object, const Label& label, Access access, Leases& leases,
-                Buffer& buffer, const void* known) {
+}  // namespace
+
+void import_state(py::handle object, const Label& label, Access access, Leases& leases,
+                  Buffer& buffer, const void* known) {
   const TypeInfo& info = type_info(object);
   if (access == Access::kWrite && info.is_immutable) {
     throw_read_only(label, kImmutable);
@@ -190,19 +192,12 @@ void import_any(py::handle object, const Label& label, Access access, Leases& le
   }
 }
 
-}  // namespace
-
 void import_buffer(py::handle object, const Label& label, Access access, Leases& leases,
                    Buffer& buffer, const void* known) {
-  import_any(object, label, access, leases, buffer, known);
+  import_state(object, label, access, leases, buffer, known);
   if (static_cast<int>(buffer.dtype) >= kNumDTypes) {
     throw_dtype(label, std::string(dtype_name(buffer.dtype)));
   }
-}
-
-void import_state(py::handle object, const Label& label, Access access, Leases& leases,
-                  Buffer& buffer, const void* known) {
-  import_any(object, label, access, leases, buffer, known);
 }
 
 void import_counts(py::handle object, const Label& label, Leases& leases, Buffer& buffer) {
