@@ -1,14 +1,11 @@
-"""Our Adamax for Keras with state in fewer bits and rounded weights, on torch.
+"""Steps of our Adamax for Keras with state in fewer bits and rounded weights, on torch.
 
-Its bits are those of `adamax_ext.Adamax`, and so of the program, whatever Keras does around it.
+Their bits are those of `adamax_ext.Adamax`, and so of the program, whatever Keras does around it.
 """
-
-import functools
 
 import adamax_ext
 import numpy as np
 import pytest
-from support import reference_lowmem as program
 from support.bits import memory_order
 from support.keras_low_memory import (
     SETTINGS,
@@ -24,8 +21,7 @@ from support.keras_low_memory import (
     require_equal,
     variables_of,
 )
-from support.keras_models import fit, make_model
-from support.keras_pairs import Adamax, Theirs, keras
+from support.keras_pairs import Adamax, keras
 from support.keras_torch import torch
 from support.low_memory import LowMemoryReference, assert_same
 
@@ -41,13 +37,6 @@ CASES = [
     {**DECAY, "gradient_accumulation_steps": 3, "clipnorm": 1.5, "use_ema": True},
 ]
 SKIPPED = {(0, "kernel"), (1, "brain_kernel"), (2, "brain_kernel"), (3, "brain_bias"), (4, "bias")}
-
-
-@pytest.fixture(autouse=True)
-def float32_afterwards():
-    yield
-    keras.config.set_dtype_policy("float32")
-    keras.config.set_floatx("float32")
 
 
 # ---- Bits ----------------------------------------------------------------------------------------
@@ -293,187 +282,3 @@ def test_bytes_of_state():
     assert bytes_of[32] == 8
     assert 4 < bytes_of[16] < 4.001
     assert 2 < bytes_of[8] <= 2.02
-
-
-# ---- Variables and settings ----------------------------------------------------------------------
-
-
-def test_variables_are_named_after_those_of_keras():
-    optimizer = Adamax(state_bits=8, weight_rounding="remainder", name="low")
-    shapes = {"kernel": ((64, 65), "bfloat16"), "bias": ((65,), "bfloat16")}
-    optimizer.build([keras.Variable(np.zeros(s), dtype=d, name=n) for n, (s, d) in shapes.items()])
-    assert [(v.path, v.dtype, tuple(v.shape)) for v in optimizer.variables[2:]] == [
-        ("low/kernel_momentum", "int8", (64, 65)),
-        ("low/kernel_norm", "uint8", (64, 65)),
-        ("low/bias_momentum", "float32", (65,)),
-        ("low/bias_norm", "float32", (65,)),
-        ("low/kernel_norm_scale", "float32", (17,)),
-        ("low/kernel_remainder", "int16", (64, 65)),
-        ("low/bias_remainder", "int16", (65,)),
-    ]
-    assert not any(v.trainable or as_stored(v).any() for v in optimizer.variables[2:])
-    halves = Adamax(state_bits=16)
-    halves.build([keras.Variable(np.zeros(3, "f"))])
-    assert [v.dtype for v in halves.variables[2:]] == ["bfloat16", "bfloat16", "float32"]
-    assert as_stored(halves.variables[-1]).tolist() == [1.0]
-
-
-def test_defaults_add_nothing():
-    ours, theirs = Adamax(name="adamax"), Theirs(name="adamax")
-    for optimizer in (ours, theirs):
-        optimizer.build([keras.Variable(np.zeros((64, 65), "f"), name="kernel")])
-    described = [[(v.path, v.dtype, v.shape) for v in o.variables] for o in (ours, theirs)]
-    assert described[0] == described[1]
-    assert ours.get_config() == theirs.get_config()
-    assert (ours.state_bits, ours.weight_rounding, ours.seed) == (32, "nearest", 0)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"state_bits": 8},
-        {"weight_rounding": "stochastic", "seed": 2**64 - 1},
-        {"state_bits": 16, "weight_rounding": "remainder"},
-        {"seed": 3},
-    ],
-    ids=str,
-)
-def test_a_config_has_what_is_not_the_default(settings):
-    optimizer = Adamax(0.02, **settings, name="adamax")
-    config = optimizer.get_config()
-    assert config == {**Theirs(0.02, name="adamax").get_config(), **settings}
-    again = Adamax.from_config(dict(config))
-    assert again.get_config() == config
-    serialized = keras.optimizers.serialize(optimizer)
-    assert keras.optimizers.deserialize(serialized).get_config() == config
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"state_bits": 4}, "state_bits must be 32, 16 or 8; received 4"),
-        ({"state_bits": "8"}, "state_bits must be 32, 16 or 8; received '8'"),
-        ({"weight_rounding": "up"}, "weight_rounding must be 'nearest', 'stochastic' or 'remai"),
-        ({"seed": -1}, "seed must be an integer >= 0; received -1"),
-        ({"seed": 0.5}, r"seed must be an integer >= 0; received 0\.5"),
-    ],
-    ids=str,
-)
-def test_refused_settings(settings, message):
-    with pytest.raises(ValueError, match="^" + message):
-        Adamax(**settings)
-
-
-@pytest.mark.parametrize("name", ["state_bits", "weight_rounding", "seed"])
-def test_settings_are_fixed(name):
-    optimizer = Adamax()
-    with pytest.raises(AttributeError, match=name):
-        setattr(optimizer, name, 8)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "settings", "message"),
-    [
-        ("float64", {"state_bits": 8}, "has dtype float64, whose state is float64; expected"),
-        ("float64", {"state_bits": 16}, "has dtype float64, whose state is float64; expected"),
-        (
-            "float16",
-            {"weight_rounding": "stochastic"},
-            "has dtype float16, which weight_rounding 'stochastic' does not know; expected bfloat",
-        ),
-    ],
-)
-def test_variables_that_are_refused(dtype, settings, message):
-    optimizer = Adamax(**settings)
-    variables = [
-        keras.Variable(np.ones(3), dtype=d, name=n) for d, n in (("float32", "a"), (dtype, "b"))
-    ]
-    with pytest.raises(TypeError, match=rf"^variables\[1\] \(variable 'b'\) {message}"):
-        optimizer.build(variables)
-    assert not optimizer.built
-    assert len(optimizer.variables) == 2
-    optimizer.build(variables[:1])
-
-
-def test_betas_that_8_bits_cannot_have():
-    twins = Twins(8, "nearest")
-    twins.train(range(1))
-    before = everything(twins.ours, twins.variables)
-    twins.ours.beta_1 = 0.96
-    with pytest.raises(ValueError, match=r"^beta_1 must be below beta_2 with state in 8 bits"):
-        twins.ours.apply([as_tensor(g) for g in make_gradients(twins.arrays, 1)])
-    require_equal(everything(twins.ours, twins.variables), before)
-
-
-def test_epsilon_is_fixed_by_build():
-    """What stands for the first moments in 8 bits is relative to it."""
-    twins = Twins(8, "nearest")
-    twins.train(range(1))
-    before = everything(twins.ours, twins.variables)
-    twins.ours.epsilon = 1.0
-    with pytest.raises(ValueError, match=r"^epsilon cannot be assigned after build.*received 1\.0"):
-        twins.ours.apply([as_tensor(g) for g in make_gradients(twins.arrays, 1)])
-    require_equal(everything(twins.ours, twins.variables), before)
-
-
-# ---- Models --------------------------------------------------------------------------------------
-
-
-LOW = {"state_bits": 16, "weight_rounding": "remainder", "learning_rate": 0.02}
-
-
-def train_policy(policy, **settings):
-    keras.config.set_dtype_policy(policy)
-    return fit(make_model(Adamax(**{**LOW, **settings})))
-
-
-def test_fit_under_dtype_policies():
-    """Of "mixed_bfloat16" the weights are float32, with nothing to round."""
-    models = {policy: train_policy(policy) for policy in ("mixed_bfloat16", "bfloat16")}
-    remainders = {p: m.optimizer._stored.remainders for p, m in models.items()}
-    assert remainders["mixed_bfloat16"] == [None] * 4
-    assert all(as_stored(r).any() for r in remainders["bfloat16"])
-    for model in models.values():
-        assert {v.dtype for v in model.optimizer._m} == {"bfloat16"}
-        assert int(model.optimizer.iterations) == 8
-
-
-def test_fit_where_floatx_is_bfloat16():
-    """Of Keras the rate is, too; what belongs to codes is not."""
-    keras.config.set_floatx("bfloat16")
-    model = train_policy("bfloat16")
-    assert model.optimizer._learning_rate.dtype == "bfloat16"
-    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
-    assert {v.dtype for v in model.optimizer._stored.norm_scales} == {"float32"}
-    assert all(as_stored(r).any() for r in model.optimizer._stored.remainders)
-
-
-def test_small_steps_are_not_lost():
-    """A weight of 1 and steps of 1e-4: to nearest it stays; with its remainder it is as float32."""
-    ends = {}
-    for dtype, rounding in (
-        ("float32", "nearest"),
-        ("bfloat16", "nearest"),
-        ("bfloat16", "remainder"),
-    ):
-        weight = keras.Variable(np.ones(300), dtype=dtype)
-        optimizer = Adamax(1e-4, weight_rounding=rounding)
-        for _ in range(200):
-            optimizer.apply([torch.ones(300)], [weight])
-        ends[dtype, rounding] = as_stored(weight)
-    full = ends["float32", "nearest"]
-    assert (full < 0.99).all()
-    assert_same(ends["bfloat16", "nearest"], program.bf16_nearest(np.ones(300, "f")), "nearest")
-    assert_same(ends["bfloat16", "remainder"], program.bf16_split(full)[0], "remainder")
-
-
-@pytest.mark.filterwarnings("ignore")  # of Dynamo and Inductor
-def test_fit_with_jit_compile(monkeypatch):
-    results = []
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        keras.config.set_dtype_policy("bfloat16")
-        model = fit(make_model(Adamax(**LOW), jit_compile=compiled))
-        results.append(everything(model.optimizer, model.trainable_variables))
-    require_equal(*results)
