@@ -13,7 +13,6 @@ from support.keras_low_memory import (
     apply,
     as_stored,
     as_tensor,
-    every_storage,
     everything,
     kept_by,
     make_arrays,
@@ -23,7 +22,7 @@ from support.keras_low_memory import (
 )
 from support.keras_pairs import Adamax, keras
 from support.keras_torch import torch
-from support.low_memory import LowMemoryReference, assert_same
+from support.low_memory import LowMemoryReference, assert_same, every_option
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -42,7 +41,7 @@ SKIPPED = {(0, "kernel"), (1, "brain_kernel"), (2, "brain_kernel"), (3, "brain_b
 # ---- Bits ----------------------------------------------------------------------------------------
 
 
-@every_storage
+@every_option
 @pytest.mark.parametrize("settings", CASES, ids=["plain", "all", "micro-batches", "decay"])
 def test_bits_are_those_of_adamax(bits, rounding, settings):
     twins = Twins(bits, rounding, **settings)
@@ -53,7 +52,7 @@ def test_bits_are_those_of_adamax(bits, rounding, settings):
     assert int(twins.ours._iterations) == twins.numpys.calls == 6
 
 
-@every_storage
+@every_option
 def test_bits_are_those_of_the_program(bits, rounding):
     settings = {**SETTINGS, "state_bits": bits, "weight_rounding": rounding, "use_ema": True}
     arrays = make_arrays(rounding)
@@ -120,7 +119,7 @@ def test_a_loss_scale_around_it_skips_what_is_not_finite():
     assert int(twins.ours.iterations) == 3
 
 
-@every_storage
+@every_option
 def test_a_constraint_is_applied_to_the_weights_as_they_are_stored(bits, rounding):
     """The remainder stays: it is what the next step adds to."""
     twins = Twins(bits, rounding)
@@ -192,7 +191,7 @@ def test_stateless_and_symbolic_steps_are_refused(storage):
     require_equal(everything(twins.ours, twins.variables), before)
 
 
-@every_storage
+@every_option
 def test_averages_overwrite_weights_and_remainders_at_the_end(bits, rounding):
     twins = Twins(bits, rounding, use_ema=True, ema_momentum=0.7)
     twins.train(range(3))
@@ -232,7 +231,7 @@ def with_gaps(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-@every_storage
+@every_option
 @pytest.mark.parametrize("move", [torch.clone, in_another_order, with_gaps])
 @pytest.mark.parametrize("of", ["weights", "state", "all"])
 def test_variables_whose_memory_moved_are_stepped_in_the_order_of_their_blocks(

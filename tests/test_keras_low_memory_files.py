@@ -15,7 +15,6 @@ from support.keras_low_memory import (
     apply,
     as_stored,
     as_tensor,
-    every_storage,
     everything,
     kept_by,
     make_gradients,
@@ -25,6 +24,7 @@ from support.keras_low_memory import (
 )
 from support.keras_pairs import Adamax, Theirs, keras
 from support.keras_torch import torch
+from support.low_memory import every_option
 
 pytest.importorskip("h5py", reason="Keras' files need h5py")
 
@@ -55,7 +55,7 @@ def as_float32(store):
 # ---- The layout ----------------------------------------------------------------------------------
 
 
-@every_storage
+@every_option
 def test_the_layout_is_that_of_adamax(bits, rounding):
     """Also what is loaded from it: the bits of the weights' remainders, codes within a rounding."""
     twins = Twins(bits, rounding, use_ema=True, gradient_accumulation_steps=2)
@@ -77,7 +77,7 @@ def test_the_layout_is_that_of_adamax(bits, rounding):
     twins.require_same()
 
 
-@every_storage
+@every_option
 def test_other_settings_load_what_has_no_remainders(bits, rounding):
     """From Keras' class, from float32 and from fewer bits, and into them."""
     twins = Twins(bits, rounding)
@@ -192,7 +192,7 @@ def test_another_number_of_variables_is_skipped_in_keras_words(more):
 # ---- Values of variables -------------------------------------------------------------------------
 
 
-@every_storage
+@every_option
 def test_set_weights_takes_variables_as_they_are_stored(bits, rounding):
     twins, other = Twins(bits, rounding, use_ema=True), Twins(bits, rounding, use_ema=True)
     twins.train(range(3))

@@ -113,22 +113,19 @@ def test_variables_that_are_refused(dtype, settings, message):
     optimizer.build(variables[:1])
 
 
-def test_betas_that_8_bits_cannot_have():
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("beta_1", 0.96, "beta_1 must be below beta_2 with state in 8 bits"),
+        # What stands for the first moments is relative to it.
+        ("epsilon", 1.0, r"epsilon cannot be assigned after build.*received 1\.0"),
+    ],
+)
+def test_assigned_settings_that_8_bits_cannot_have(name, value, message):
     twins = Twins(8, "nearest")
     twins.train(range(1))
     before = everything(twins.ours, twins.variables)
-    twins.ours.beta_1 = 0.96
-    with pytest.raises(ValueError, match=r"^beta_1 must be below beta_2 with state in 8 bits"):
-        twins.ours.apply([as_tensor(g) for g in make_gradients(twins.arrays, 1)])
-    require_equal(everything(twins.ours, twins.variables), before)
-
-
-def test_epsilon_is_fixed_by_build():
-    """What stands for the first moments in 8 bits is relative to it."""
-    twins = Twins(8, "nearest")
-    twins.train(range(1))
-    before = everything(twins.ours, twins.variables)
-    twins.ours.epsilon = 1.0
-    with pytest.raises(ValueError, match=r"^epsilon cannot be assigned after build.*received 1\.0"):
+    setattr(twins.ours, name, value)
+    with pytest.raises(ValueError, match="^" + message):
         twins.ours.apply([as_tensor(g) for g in make_gradients(twins.arrays, 1)])
     require_equal(everything(twins.ours, twins.variables), before)

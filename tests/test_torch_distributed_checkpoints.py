@@ -1,7 +1,5 @@
 """torch.distributed.checkpoint: two ranks or one save, one or two load, and training goes on."""
 
-import copy
-
 import pytest
 from support.sharded import (
     SETTINGS,
@@ -12,6 +10,7 @@ from support.sharded import (
     gradients,
     mean,
 )
+from support.sharded_checkpoints import load, save, send_from_rank_0
 
 torch = pytest.importorskip("torch", reason="needs torch, which cannot be imported")
 dist = torch.distributed
@@ -21,10 +20,6 @@ from adamax_ext.torch import Adamax, AdamaxW  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
@@ -50,28 +45,6 @@ def train(model, optimizer, steps, dtype=F32):
         else:
             model([mean(grads) for grads in zip(*both, strict=True)]).backward()
         optimizer.step()
-
-
-def save(path, model, optimizer, options=None):
-    weights, state = get_state_dict(model, optimizer, options=options)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path, no_dist=is_alone())
-
-
-def load(path, model, optimizer, options=None, planner=None):
-    weights, state = get_state_dict(model, optimizer, options=options)
-    state_dict = {"model": weights, "optimizer": state}
-    dcp.load(state_dict, checkpoint_id=path, planner=planner, no_dist=is_alone())
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state_dict["model"],
-        optim_state_dict=state_dict["optimizer"],
-        options=options,
-    )
-
-
-def is_alone():
-    return not dist.is_initialized()
 
 
 def train_save_and_go_on(path, make, dtype, settings):
@@ -162,14 +135,8 @@ def test_checkpoints_cross_to_torch_and_back(flatten, two_ranks, tmp_path):
 def whole_state_on_rank_0(dtype):
     model, optimizer = new(AdamaxW, dtype)
     train(model, optimizer, BEFORE, dtype)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=whole))
-    if dist.get_rank() == 1:
-        assert not state
     other_model, other_optimizer = new(AdamaxW, dtype, seed=1, lr=1.0)
-    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(other_model, weights, options=from_rank_0)
-    set_optimizer_state_dict(other_model, other_optimizer, state, options=from_rank_0)
+    send_from_rank_0(model, optimizer, other_model, other_optimizer)
     for pair in ((model, optimizer), (other_model, other_optimizer)):
         train(*pair, AFTER, dtype)
     require_same([bits_of(model), bits_of(other_model)])

@@ -5,6 +5,7 @@ import copy
 import pytest
 from support import sharded
 from support.sharded import assert_same_bits, bits_of
+from support.sharded_checkpoints import load, save, send_from_rank_0
 from support.torch_low_memory import BF16, F32, SETTINGS, STORAGES, Variable, require_same
 from support.torch_runs import random, torch
 
@@ -12,14 +13,7 @@ dist = torch.distributed
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from adamax_ext.torch import Adamax  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import (  # noqa: E402
@@ -215,24 +209,6 @@ def new_model(dtype, bits, rounding, seed=0):
     return model, Adamax(model.parameters(), **options_of(bits, rounding))
 
 
-def save(path, model, optimizer):
-    weights, state = get_state_dict(model, optimizer)
-    state_dict = {"model": weights, "optimizer": state}
-    dcp.save(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
-
-
-def load(path, model, optimizer):
-    weights, state = get_state_dict(model, optimizer)
-    state_dict = {"model": weights, "optimizer": state}
-    dcp.load(state_dict, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state_dict["model"],
-        optim_state_dict=state_dict["optimizer"],
-    )
-
-
 def train_save_and_go_on(path, *storage):
     model, optimizer = new_model(*storage)
     train(optimizer, list(model.weights), range(3))
@@ -308,12 +284,8 @@ def test_8_bits_are_refused_on_another_number_of_ranks(two_ranks, tmp_path):
 def whole_state_on_rank_0(dtype, bits, rounding):
     model, optimizer = new_model(dtype, bits, rounding)
     train(optimizer, list(model.weights), range(3))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
     other_model, other = new_model(dtype, bits, rounding, seed=50)
-    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(other_model, weights, options=from_rank_0)
-    set_optimizer_state_dict(other_model, other, state, options=from_rank_0)
+    send_from_rank_0(model, optimizer, other_model, other)
     for i, (weight, loaded) in enumerate(zip(model.weights, other_model.weights, strict=True)):
         assert list(other.state[loaded]) == list(optimizer.state[weight])
         for key, tensor in optimizer.state[weight].items():

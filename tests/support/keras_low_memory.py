@@ -17,13 +17,6 @@ from support.low_memory import assert_same
 if not is_testable("bfloat16"):
     pytest.skip("bfloat16 needs ml_dtypes", allow_module_level=True)
 
-EVERY = [
-    (bits, rounding)
-    for bits in (32, 16, 8)
-    for rounding in ("nearest", "stochastic", "remainder")
-    if (bits, rounding) != (32, "nearest")
-]
-every_storage = pytest.mark.parametrize(("bits", "rounding"), EVERY)
 # Name, dtype, dtype of the gradient, shape, memory order; more and fewer than 4096 elements.
 VARIABLES = [
     ("kernel", "float32", "float32", (70, 60), "C"),

@@ -12,13 +12,12 @@ from support.bits import (
     assert_same_bits,
     dtype_of,
     is_testable,
-    memory_order,
     rounded,
     spread,
     widened,
 )
 from support.memory import unaligned
-from support.reference import ReferenceAdamax
+from support.runs import MixedReference
 from support.steps import EMA_MOMENTUM
 
 ROUNDINGS = ("nearest", "stochastic", "remainder")
@@ -179,7 +178,7 @@ def assert_same(actual, expected, label):
         assert_same_bits(actual, expected, label)
 
 
-class LowMemoryReference(ReferenceAdamax):
+class LowMemoryReference(MixedReference):
     """The program with all settings: what it keeps between steps is in few bits."""
 
     def __init__(self, state_bits=32, weight_rounding="nearest", seed=0, **settings):
@@ -187,8 +186,7 @@ class LowMemoryReference(ReferenceAdamax):
         self.state_bits, self.weight_rounding, self.seed = state_bits, weight_rounding, seed
 
     def build(self, variables):
-        # In the order of memory, by which blocks and random numbers go.
-        super().build([widened(memory_order(v)) for v in variables])
+        super().build(variables)
         self.dtypes = [v.dtype for v in variables]
         self.weights = [
             low_weight(w, dtype.name, self.weight_rounding)
@@ -197,9 +195,6 @@ class LowMemoryReference(ReferenceAdamax):
         self.states = [
             program.LowState(w.size, self.state_bits, self.epsilon) for w in self.variables
         ]
-
-    def apply(self, grads):
-        super().apply([None if g is None else memory_order(g) for g in grads])
 
     def _step(self, i, h, *, step, **settings):
         w = self.variables[i]

@@ -39,7 +39,7 @@ class MixedReference(ReferenceAdamax):
     """The program on variables of several dtypes: each is rounded to its own at every store."""
 
     def build(self, variables):
-        # In the order of memory, in which sums are taken.
+        # In the order of memory, by which sums, blocks of state and random numbers go.
         super().build([widened(memory_order(v)) for v in variables])
         self.storages = {id(w): v.dtype for w, v in zip(self.variables, variables, strict=True)}
 
