@@ -136,7 +136,6 @@ class StateFormat:
     momentum_dtype: type = np.int8
     norm_bits: int = 4  # mantissa bits kept of u / scale
     momentum_bits: int = 4  # mantissa bits kept of |m / (u + epsilon)| + OFFSET
-    stochastic: bool = True  # how the ratio is rounded; False is for experiments only
 
 
 FORMAT = StateFormat()
@@ -193,10 +192,8 @@ def encode_ratio(fmt, ratio, random):
     with np.errstate(all="ignore"):
         q = np.fmax(np.fmin(ratio, limit), -limit)  # NaN becomes +limit; the weight keeps the NaN
     b = bits(np.abs(q) + OFFSET).astype(np.int64) - OFFSET_BITS
-    if fmt.stochastic:  # the 8 random bits stand at the top of the bits that are dropped, centred
-        b = b + (random.astype(np.int64) << (shift - 8)) + (1 << (shift - 9))
-    else:
-        b = b + (1 << (shift - 1))
+    # The 8 random bits stand at the top of the bits that are dropped, centred.
+    b = b + (random.astype(np.int64) << (shift - 8)) + (1 << (shift - 9))
     return np.where(q < 0, -(b >> shift), b >> shift).astype(fmt.momentum_dtype)
 
 
@@ -309,7 +306,7 @@ class LowWeight:
     """One variable: float32, or bfloat16 with one of three ways to treat what does not fit."""
 
     def __init__(self, array, storage="float32", rounding="nearest"):
-        self.shape, self.storage, self.rounding = array.shape, storage, rounding
+        self.storage, self.rounding = storage, rounding
         x = array.astype(F).ravel().copy()
         if storage == "float32":
             self.value = x
@@ -317,12 +314,6 @@ class LowWeight:
             self.half, self.low = bf16_nearest(x), None
             if rounding == "remainder":
                 self.half, self.low = bf16_split(x)
-
-    def seen(self):
-        """What the model computes with."""
-        return (self.value if self.storage == "float32" else bf16_widen(self.half)).reshape(
-            self.shape
-        )
 
     def read(self):
         if self.storage == "float32":
@@ -342,47 +333,3 @@ class LowWeight:
             self.half[...] = bf16_stochastic(w, random)
         else:
             self.half[...], self.low[...] = bf16_split(w)
-
-
-class LowMemoryAdamax:
-    """Adamax on float32 or bfloat16 variables with 32-, 16- or 8-bit state."""
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
-        weight_decay=0.0,
-        state_bits=32,
-        weight_rounding="nearest",
-        seed=0,
-    ):
-        self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
-        self.t = 0
-
-    def build(self, arrays, storage="float32"):
-        self.weights = [LowWeight(a, storage, self.weight_rounding) for a in arrays]
-        self.states = [LowState(a.size, self.state_bits, self.epsilon) for a in arrays]
-
-    def apply(self, grads, learning_rate=None):
-        self.t += 1
-        options = dict(
-            step=self.t,
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            epsilon=self.epsilon,
-            learning_rate=self.learning_rate if learning_rate is None else learning_rate,
-            weight_decay=self.weight_decay,
-        )
-        for i, (weight, state, g) in enumerate(zip(self.weights, self.states, grads, strict=True)):
-            if g is None:
-                continue
-            w = weight.read()
-            state.step(
-                w,
-                g.astype(F).ravel(),
-                random_bits(MOMENTUM, self.seed, self.t, i, 0, w.size),
-                **options,
-            )
-            weight.write(w, random_bits(WEIGHT, self.seed, self.t, i, 0, w.size))
