@@ -128,7 +128,9 @@ def update(
         grad_scale=scale,
         weight_rounding=weight_rounding,
         variable=_settings.integer("variable", variable, least=0, most=2**32 - 1),
-        first_element=_settings.integer("first_element", first_element, 0, multiple_of=256),
+        first_element=_settings.integer(
+            "first_element", first_element, 0, 2**63 - 1, multiple_of=256
+        ),
     )
 
 
