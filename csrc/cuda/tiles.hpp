@@ -29,7 +29,8 @@ struct TileUpdate : Elementwise<scalar::F32, is_small, TileRow, kOfLane / LaneOf
   using Grad = Stored<kPairs[pair].grad>;
   using Momentum = typename StateOf<state>::Momentum;
   using Norm = typename StateOf<state>::Norm;
-  static constexpr int kBlocks = 5;  // on a multiprocessor at once: registers for no more
+  // On a multiprocessor at once: registers for no more, as full state takes more of them.
+  static constexpr int kBlocks = state == StateFormat::kFull ? 5 : 6;
   static constexpr bool kHasLargest = state == StateFormat::k8Bits;
   static constexpr bool kIsRounded = kPairs[pair].param == DType::kBFloat16;  // in one of many ways
 
