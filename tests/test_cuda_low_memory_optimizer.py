@@ -175,17 +175,17 @@ def check_state_of_torch():
     torch = pytest.importorskip("torch")
     from support.emulated_torch import GPU, GpuTensor, on_gpu, on_host
 
-    plain = torch.zeros
+    plain = torch.full
 
-    def zeros(length, dtype):
+    def full(shape, fill_value, dtype):
         with torch.device("cpu"):
-            return on_gpu(plain(length, dtype=dtype))
+            return on_gpu(plain(shape, fill_value, dtype=dtype))
 
     weights = torch.ones(70, 60, dtype=torch.bfloat16).T
     twin = weights.clone()
     settings = {"state_bits": 16, "weight_rounding": "remainder"}
     device, host = Adamax(**settings), Adamax(**settings)
-    with mock.patch.object(torch, "zeros", zeros):
+    with mock.patch.object(torch, "full", full):
         placed = on_gpu(weights)
         device.build([placed])
     host.build([twin])
@@ -207,7 +207,7 @@ def check_state_of_torch():
     assert state["momentum"].stride() == weights.stride()
     assert state["norm_scale"].device == GPU
     assert_same_states(host, device, "as tensors")
-    with mock.patch.object(torch, "zeros", zeros):
+    with mock.patch.object(torch, "full", full):
         device.load_state_dict(host.state_dict())
     assert_same_states(host, device, "loaded")
 

@@ -171,6 +171,7 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
       require_8_bits(groups[v.group]);
       fits_8_bits = v.group;
     }
+    program.has_16_bits |= storage.state == StateFormat::k16Bits && operation == Operation::kUpdate;
     const bool has_summands =
         operation != Operation::kAverage && (memory.grad != nullptr || program.sums_accumulators);
     program.rows.push_back({memory, v.size, static_cast<std::uint32_t>(i), v.group,

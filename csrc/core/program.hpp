@@ -57,7 +57,8 @@ struct Program {
   // or of the gradients alone. Finiteness is always that of the gradient as it was passed, because
   // what was accumulated is finite already, and a scale can make a finite number infinite.
   bool sums_accumulators = false;
-  bool wants_norm = false;  // Outcome::norm
+  bool wants_norm = false;   // Outcome::norm
+  bool has_16_bits = false;  // in an update: scales that decay when nobody reads them any more
 
   bool has_device_scalars() const { return !device_groups.empty(); }
   // Whether it may be run again and again as it is: no step number is part of it.

@@ -64,6 +64,7 @@ std::int64_t head_of(const Row& row, const Piece& piece) {
 
 // When nobody reads them any more.
 void decay_variable_scales(const Program& program) {
+  if (!program.has_16_bits) return;
   const FloatingPointMode ieee;
   for (const Row& row : program.rows) {
     if (row.operation != Operation::kUpdate ||

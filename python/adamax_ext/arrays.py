@@ -31,14 +31,14 @@ def zeros_for(variable: Any, role: str, index: int, dtype: str | None = None) ->
     return _zeros(shape, strides, computed, address * (1 if computed == own_dtype else 2))
 
 
-def scales_for(variable: Any, role: str, index: int, length: int) -> Array:
-    """Return so many float32 zeros, in one axis, on the device of `variable`."""
+def scales_for(variable: Any, role: str, index: int, length: int, first: float) -> Array:
+    """Return so many float32 numbers, all `first`, in one axis, on the device of `variable`."""
     *_, device = _core.describe(variable, role, index)
     if device < 0:
-        return _zeros((length,), (1,), "float32")
+        return np.full(length, first, np.float32)
     library, in_memory = _library_of(variable, role, index, "float32")
     with variable.device:
-        return library.zeros(length, dtype=in_memory)
+        return library.full((length,), first, dtype=in_memory)
 
 
 def _library_of(variable: Any, role: str, index: int, dtype: str) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """State in 16 or 8 bits: which arrays hold it, and what they stand for in float32."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,8 +41,10 @@ def require_8_bits(beta_1: float, beta_2: float, epsilon: float) -> None:
         )
 
 
-def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding: str) -> Kinds:
-    """Return state of a variable before the first step: momentum, norm, and what belongs to them.
+def makers(
+    variable: Any, name: str, index: int, state_bits: int, weight_rounding: str
+) -> dict[str, Callable[[], arrays.Array]]:
+    """Return what makes each array of a variable before the first step: momentum, norm, and more.
 
     TypeError if such a variable has no state in so few bits.
     """
@@ -53,20 +56,17 @@ def fresh(variable: Any, name: str, index: int, state_bits: int, weight_rounding
         )
     size = math.prod(shape)
     bits = bits_of(state_bits, size)
-    dtypes = DTYPES.get(bits, (None, None))
-
-    def zeros(dtype: str | None) -> arrays.Array:
-        return arrays.zeros_for(variable, "variables", index, dtype)
-
-    kept = {kind: zeros(dtype) for kind, dtype in zip(_STATE, dtypes, strict=True)}
-    if bits < 32:
-        count = number_of_scales(bits, size)
-        kept["norm_scale"] = arrays.scales_for(variable, "variables", index, count)
-    if bits == 16:
-        arrays.assign(kept["norm_scale"], np.ones(1, np.float32))
+    dtypes: dict[str, str | None] = dict(zip(_STATE, DTYPES.get(bits, (None, None)), strict=True))
     if weight_rounding == "remainder" and of_weights == "bfloat16":
-        kept["remainder"] = zeros("int16")
-    return kept
+        dtypes["remainder"] = "int16"
+    made: dict[str, Callable[[], arrays.Array]] = {
+        kind: partial(arrays.zeros_for, variable, "variables", index, dtype)
+        for kind, dtype in dtypes.items()
+    }
+    if bits < 32:
+        count, first = number_of_scales(bits, size), float(bits == 16)
+        made["norm_scale"] = partial(arrays.scales_for, variable, "variables", index, count, first)
+    return made
 
 
 def number_of_scales(bits: int, size: int) -> int:

@@ -1,6 +1,7 @@
 """The arrays that an optimizer keeps for its variables, and the plan of the steps on them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,11 +32,17 @@ class State:
         self.variables, self.names, self.groups = tuple(variables), list(names), list(groups)
         self.kinds, self.state_bits, self.weight_rounding = list(kinds), state_bits, weight_rounding
         self.orders = [arrays.memory_order(v, "variables", i) for i, v in enumerate(self.variables)]
-        self.kept: list[low_state.Kinds] = [  # of each variable
-            low_state.fresh(v, name, i, state_bits, weight_rounding)
-            | {kind: arrays.zeros_for(v, "variables", i) for kind in self.kinds}
+        makers = [
+            low_state.makers(v, name, i, state_bits, weight_rounding)
+            | {kind: partial(arrays.zeros_for, v, "variables", i) for kind in self.kinds}
             for i, (v, name) in enumerate(zip(self.variables, self.names, strict=True))
         ]
+        self.kept: list[low_state.Kinds] = [{} for _ in makers]  # of each variable
+        # One kind after the other: what is fetched ahead of a small array is then the next one.
+        for kind in dict.fromkeys(kind for of_variable in makers for kind in of_variable):
+            for kept, of_variable in zip(self.kept, makers, strict=True):
+                if kind in of_variable:
+                    kept[kind] = of_variable[kind]()
         self.plan = _core.Plan(
             self.variables,
             self.names,

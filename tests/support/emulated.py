@@ -301,9 +301,9 @@ def on_device_1(size, dtype):
     return CudaArray(host)
 
 
-def zeros(length, dtype):
+def full(shape, fill_value, dtype):
     """As every array library's, on the first device."""
-    return CudaArray(np.zeros(length, dtype))
+    return CudaArray(np.full(shape, fill_value, dtype))
 
 
 def zeros_like(array, dtype):

@@ -99,8 +99,8 @@ enum class WeightRounding : std::uint8_t {
 constexpr int kNumWeightRoundings = 3;
 
 struct Storage {
-  DType param;
-  DType grad;
+  DType param{};
+  DType grad{};
   StateFormat state = StateFormat::kFull;
   WeightRounding rounding = WeightRounding::kNearest;
 
@@ -121,12 +121,20 @@ constexpr int kNumPairs = sizeof(kPairs) / sizeof(kPairs[0]);
 
 // Each pair with each format and rounding, those that do not exist among them.
 constexpr int kNumStorages = kNumPairs * kNumStateFormats * kNumWeightRoundings;
-constexpr Storage storage_at(int index) {
-  const DTypePair pair = kPairs[index / kNumWeightRoundings / kNumStateFormats];
-  return {pair.param, pair.grad,
-          static_cast<StateFormat>(index / kNumWeightRoundings % kNumStateFormats),
-          static_cast<WeightRounding>(index % kNumWeightRoundings)};
-}
+struct StorageTable {
+  Storage storages[kNumStorages];
+
+  constexpr StorageTable() : storages{} {
+    for (int i = 0; i < kNumStorages; ++i) {
+      const DTypePair pair = kPairs[i / kNumWeightRoundings / kNumStateFormats];
+      storages[i] = {pair.param, pair.grad,
+                     static_cast<StateFormat>(i / kNumWeightRoundings % kNumStateFormats),
+                     static_cast<WeightRounding>(i % kNumWeightRoundings)};
+    }
+  }
+};
+inline constexpr StorageTable kStorageTable;
+constexpr const Storage& storage_at(int index) { return kStorageTable.storages[index]; }
 constexpr bool exists(const Storage& storage) {
   if (storage.param == DType::kFloat64 && storage.state != StateFormat::kFull) return false;
   return storage.rounding == WeightRounding::kNearest || storage.param == DType::kBFloat16;
