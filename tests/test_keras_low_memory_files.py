@@ -48,8 +48,8 @@ def stored(optimizer):
 
 
 def as_float32(store):
-    """As arrays of NumPy; the bfloat16 of Keras widened."""
-    return {key: np.asarray(value, "f") for key, value in store.items()}
+    """As arrays of NumPy; the bfloat16 of Keras widened, but not the number of calls."""
+    return {key: np.asarray(value, None if key == "0" else "f") for key, value in store.items()}
 
 
 # ---- The layout ----------------------------------------------------------------------------------
@@ -148,30 +148,67 @@ def test_axes_of_length_1_and_0(shape, order, bits):
         numpys.load_own_variables(expected)
 
 
-def spoiled(key, change):
-    return lambda store: store.update({key: change(store[key])})
+def set_to(value):
+    def changed(array):
+        array = np.array(array)
+        array.flat[-1] = value
+        return array
+
+    return changed
 
 
+# Of 6 variables: calls, rate, first moment and norm of each, then the weights that have remainders.
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("key", "change", "message"),
     [
-        (spoiled("2", lambda a: a[1:]), r"store\['2'\] must have the shape \(70, 60\) of '.*momen"),
-        (spoiled("3", lambda a: -a), r"norm of 'kernel' must not be below zero; received -"),
-        (spoiled("15", lambda a: a[1:]), r"store\['15'\] must have the shape \(17, 15\) of 'brain"),
+        ("0", lambda _: np.int64(-1), r"store\['0'\] \('.*iteration'\) must be an integer >= 0"),
+        ("0", lambda _: np.uint64(2**63), r"store\['0'\] .* must be an integer >= 0; received -92"),
+        ("0", lambda _: np.float32(2), r"store\['0'\] .* must have shape \(\) .* float32"),
+        ("0", lambda _: np.ones(1, int), r"store\['0'\] .* must have shape \(\) .* shape \(1,\)"),
+        ("1", lambda _: np.str_("fast"), r"store\['1'\] .*rate'\) must have shape .* dtype <U4"),
+        ("2", lambda a: a[1:], r"store\['2'\] \('.*kernel_mom.*'\) must have shape \(70, 60\) and"),
+        ("2", lambda a: a * 1j, r"store\['2'\] .* dtype like float32; .* dtype complex"),
+        ("3", set_to(-2), r"norm of 'kernel' must not be below zero; received -2\.0"),
+        ("5", set_to(-2), r"norm of 'bias' must not be below zero; received -2\.0"),
+        ("13", set_to(-2), r"norm of 'scalar' must not be below zero; received -2\.0"),
+        ("13", lambda _: np.float64(1e300), r"store\['13'\] .* like float32; .* dtype float64"),
+        ("15", lambda a: a[1:], r"store\['15'\] \('brain_bias'\) must have shape \(17, 15\) and"),
+        ("16", lambda _: b"", r"store\['16'\] \('scalar'\) must have shape \(\) .* dtype \|S1"),
     ],
-    ids=["momentum", "norm", "weights"],
 )
-def test_what_does_not_fit_is_refused(spoil, message):
-    twins = Twins(8, "remainder")
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_what_does_not_fit_is_refused(bits, key, change, message):
+    twins = Twins(bits, "remainder")
     twins.train(range(2))
     store = stored(twins.ours)
     assert len(store) == 2 + 2 * 6 + 3
-    spoil(store)
-    store["0"] = np.int64(77)
+    store |= {"0": np.int64(77), "2": store["2"] + 1}
+    store[key] = change(store[key])
     before = everything(twins.ours, twins.variables)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         twins.ours.load_own_variables(store)
     require_equal(everything(twins.ours, twins.variables), before)
+
+
+def test_state_in_float64_is_loaded_as_it_is():
+    optimizer = Adamax(**RULE, weight_rounding="stochastic")
+    variables = variables_of({"a": np.linspace(-1, 1, 9)})
+    apply(optimizer, [np.linspace(-3, 2, 9)], variables)
+    before, store = everything(optimizer, []), stored(optimizer)
+    assert before[2].dtype == np.float64
+    apply(optimizer, [np.ones(9)])
+    optimizer.load_own_variables(store)
+    require_equal(everything(optimizer, []), before)
+
+
+def test_a_norm_of_nan_is_loaded():
+    """Float32 state has it where a gradient had."""
+    twins = Twins(8, "nearest")
+    twins.train(range(2))
+    store = stored(twins.ours)
+    store["5"] = set_to(np.nan)(store["5"])
+    twins.ours.load_own_variables(store)
+    assert np.isnan(as_stored(kept_by(twins.ours, 1)["norm"])[-1])
 
 
 @pytest.mark.parametrize("more", [-1, 1, 6])  # the last are as many as there are variables

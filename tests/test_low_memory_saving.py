@@ -425,6 +425,8 @@ def test_conversion_of_a_loss_scale():
             "momentum of 'bias' has dtype float64.*state_bits 16",
         ),
         (change("seed", -1), {}, ValueError, "seed of the state_dict must be an integer >= 0"),
+        (change("state_bits", 4), {}, ValueError, "state_bits of the state_dict must be 32, 16 or"),
+        (change("state_bits", 16), {}, ValueError, "state of 'kernel' must have .*'norm_scale'"),
         (change("weight_rounding", "up"), {}, ValueError, "weight_rounding of the state_dict must"),
         (
             change("memory_order", {"kernel": [0.0]}),
@@ -441,6 +443,71 @@ def test_conversion_refuses(edit, arguments, error, message):
         edit(saved)
     with pytest.raises(error, match="^" + message):
         convert_state(saved, **{"state_bits": 16, **arguments})
+
+
+def set_to(value):
+    def changed(array):
+        array.flat[-1] = value
+        return array
+
+    return changed
+
+
+@pytest.mark.parametrize("target", [32, 16, 8])
+@pytest.mark.parametrize(
+    ("source", "key", "edit", "message"),
+    [
+        (32, "kernel/norm", set_to(-2), "must not be below zero; received -2"),
+        (8, "bias/norm", set_to(-2), "must not be below zero; received -2"),
+        (16, "kernel/norm", negative, "must not be below zero; received -1"),
+        (16, "kernel/norm_scale", negative, "must not be below zero; received -1"),
+        (16, "kernel/norm_scale", not_finite, "must be finite; received inf"),
+        (8, "kernel/norm_scale", negative, "must not be below zero; received -1"),
+        (8, "kernel/norm_scale", not_finite, "must be finite; received inf"),
+        (8, "kernel/norm_scale", set_to(np.nan), "must be finite; received nan"),
+        (8, "kernel/norm_scale", lambda a: a[1:], r"must have shape \(17,\) and"),
+        (8, "kernel/norm_scale", np.float64, "must have .* float32; received .* float64"),
+        (8, "kernel/norm", lambda a: a.view(np.int8), "must have .* uint8; received .* int8"),
+        (8, "kernel/momentum", lambda a: a[1:], r"must have shape \(70, 60\) and"),
+        (32, "kernel/norm", np.float64, "must have .* float32; received .* float64"),
+    ],
+)
+def test_conversion_refuses_arrays_that_cannot_be(source, target, key, edit, message):
+    name, kind = key.split("/")
+    saved = trained(1, state_bits=source)[1].state_dict()
+    saved["state"][name][kind] = edit(saved["state"][name][kind])
+    with pytest.raises(ValueError, match=f"^{kind} of '{name}' {message}"):
+        convert_state(saved, target)
+
+
+@pytest.mark.parametrize("source", [16, 8])
+@pytest.mark.parametrize("target", [32, 16, 8])
+def test_conversion_refuses_state_without_scales(source, target):
+    saved = trained(1, state_bits=source)[1].state_dict()
+    del saved["state"]["kernel"]["norm_scale"]
+    with pytest.raises(ValueError, match=r"^state of 'kernel' must have \[.*'norm_scale'\]"):
+        convert_state(saved, target)
+
+
+@pytest.mark.parametrize("source", [32, 16, 8])
+@pytest.mark.parametrize("target", [32, 16, 8])
+def test_conversion_with_an_epsilon_that_8_bits_cannot_have(source, target):
+    saved = trained(1, state_bits=source)[1].state_dict()
+    convert_state(saved, target, epsilon=2.0**-86)
+    if 8 in (source, target):
+        with pytest.raises(ValueError, match=r"^epsilon must be >= 2\*\*-86 with state_bits 8"):
+            convert_state(saved, target, epsilon=2.0**-87)
+    else:
+        convert_state(saved, target, epsilon=2.0**-87)
+
+
+@pytest.mark.parametrize("target", [32, 16, 8])
+def test_conversion_keeps_a_norm_of_nan(target):
+    """Float32 state has it where a gradient had."""
+    saved = trained(1)[1].state_dict()
+    saved["state"]["bias"]["norm"][-1] = np.nan
+    converted = convert_state(convert_state(saved, target), 32)
+    assert np.isnan(converted["state"]["bias"]["norm"][-1])
 
 
 def test_conversion_refuses_version_1_and_what_is_no_dict():
@@ -516,6 +583,19 @@ def test_keras_layout_without_remainders_is_that_of_float32():
     again = {}
     full.save_own_variables(again)
     np.testing.assert_equal(again, store)
+
+
+@needs_bfloat16
+def test_remainders_of_another_memory_order():
+    """Files have C order."""
+    w = np.array(spread(np.random.default_rng(2), (7, 9), dtype_of("bfloat16")), order="F")
+    optimizer = Adamax(0.01, weight_rounding="remainder")
+    optimizer.build({"w": w})
+    optimizer.apply([w.copy("K")])
+    before = optimizer.state["w"]["remainder"].copy()
+    assert before.any()
+    optimizer.set_weights([np.array(v, order="C") for v in optimizer.variables])
+    np.testing.assert_array_equal(optimizer.state["w"]["remainder"], before)
 
 
 @needs_bfloat16

@@ -781,6 +781,23 @@ def test_a_file_with_scales_that_cannot_be(bits, value):
     before.require_unchanged()
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_state_without_values_is_loaded(bits):
+    """Of a model on the meta device, in which no scale can be looked at."""
+    params = parameters(F32)
+    first = Adamax(params, state_bits=bits)
+    train(first, params, range(1))
+    others = [torch.nn.Parameter(param.to("meta")) for param in params]
+    second = Adamax(others, state_bits=bits)
+    second.load_state_dict(through_a_file(first.state_dict(), map_location="meta"))
+    for param, other in zip(params, others, strict=True):
+        for key, value in first.state[param].items():
+            if key != "step" and value is not None:
+                loaded = second.state[other][key]
+                assert loaded.is_meta
+                assert (loaded.dtype, loaded.shape) == (value.dtype, value.shape)
+
+
 def test_a_file_with_options_that_cannot_be():
     optimizer = Adamax(parameters(BF16), state_bits=16)
     given = copy.deepcopy(optimizer.state_dict())

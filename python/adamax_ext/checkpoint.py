@@ -285,20 +285,25 @@ def fitting(state: Any, expected: State, absent: frozenset[str]) -> State:
 
 def converted(weights: Iterable[Any], expected: list[Any]) -> list[arrays.HostArray]:
     """Return `weights` as NumPy's, with the dtypes of `expected`; ValueError unless all fit."""
-    received = [arrays.as_host(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
+    received = list(weights)
     if len(received) != len(expected):
         raise ValueError(f"weights must have {len(expected)} arrays; received {len(received)}")
-    result = []
-    for i, (weight, array) in enumerate(zip(received, expected, strict=True)):
-        shape, dtype = arrays.shape_and_dtype(array)
-        try:
-            if weight.shape != shape:
-                raise TypeError("another shape")
-            with np.errstate(over="raise"):
-                result.append(weight.astype(dtype, casting="same_kind", copy=False))
-        except (TypeError, FloatingPointError) as error:
-            raise ValueError(
-                f"weights[{i}] must have shape {shape} and a dtype like {dtype}; "
-                f"received shape {weight.shape} and dtype {weight.dtype} ({error})"
-            ) from error
-    return result
+    return [
+        as_numbers(f"weights[{i}]", weight, *arrays.shape_and_dtype(array))
+        for i, (weight, array) in enumerate(zip(received, expected, strict=True))
+    ]
+
+
+def as_numbers(label: str, value: Any, shape: tuple[int, ...], dtype: Any) -> arrays.HostArray:
+    """Return `value` as an array of that dtype; ValueError unless it can be one, of that shape."""
+    array = arrays.as_host(value, label)
+    try:
+        if array.shape != shape:
+            raise TypeError("another shape")
+        with np.errstate(over="raise"):
+            return array.astype(dtype, casting="same_kind", copy=False)
+    except (TypeError, FloatingPointError) as error:
+        raise ValueError(
+            f"{label} must have shape {shape} and a dtype like {dtype}; "
+            f"received shape {array.shape} and dtype {array.dtype} ({error})"
+        ) from error

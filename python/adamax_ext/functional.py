@@ -42,7 +42,8 @@ def update(
         weights.
     m, u : buffer of float32 (float64 for float64 weights), same shape and memory order
         First moment and infinity norm; zeros before the first step; overwritten. Also bfloat16 (or
-        uint16 that holds its bits) both, or int8 and uint8: state in 16 or 8 bits.
+        uint16 that holds its bits) both, or int8 and uint8: state in 16 or 8 bits. With 8, `beta_1`
+        must be below `beta_2` and `epsilon` at least 2**-86, the same in all steps.
     step : int
         Number of this update, from 1.
     learning_rate, beta_1, beta_2, epsilon : float
@@ -80,9 +81,9 @@ def update(
     Raises
     ------
     ValueError
-        A setting out of range; `beta_1` not below `beta_2` with state in 8 bits; buffers of
-        different size or layout, with gaps, overlapping, or not all in host memory or on one CUDA
-        device.
+        A setting out of range; with state in 8 bits, `beta_1` not below `beta_2`, or `epsilon`
+        below 2**-86; buffers of different size or layout, with gaps, overlapping, or not all in
+        host memory or on one CUDA device.
     TypeError
         An unsupported pair of dtypes, or an object without memory.
     BufferError

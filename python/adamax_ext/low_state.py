@@ -34,10 +34,34 @@ def require_8_bits(beta_1: float, beta_2: float, epsilon: float) -> None:
             "beta_1 must be below beta_2 with state_bits 8, where first moments are kept relative "
             f"to norms; received beta_1={beta_1}, beta_2={beta_2}"
         )
+    require_epsilon(epsilon)
+
+
+def require_epsilon(epsilon: float) -> None:
+    """Raise ValueError for one that first moments in 8 bits cannot be relative to."""
     if epsilon < 2.0**-86:
         raise ValueError(
             f"epsilon must be >= 2**-86 with state_bits 8, which keep no smaller norms; received "
             f"{epsilon}"
+        )
+
+
+def require_norms(name: str, kept: HostKinds) -> None:
+    """Raise ValueError for a norm or a scale below zero, and for a scale that is not finite.
+
+    Norms themselves can be infinite or NaN, after such a gradient.
+    """
+    for kind in ("norm", "norm_scale"):
+        if kind in kept:
+            values = kept[kind]
+            values = arrays.widened(values) if values.dtype == np.uint16 else values
+            if (values < 0).any():
+                raise ValueError(
+                    f"{kind} of '{name}' must not be below zero; received {np.nanmin(values)}"
+                )
+    if "norm_scale" in kept and not np.isfinite(kept["norm_scale"]).all():
+        raise ValueError(
+            f"norm_scale of '{name}' must be finite; received {kept['norm_scale'].max()}"
         )
 
 

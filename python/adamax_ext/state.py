@@ -139,7 +139,7 @@ class State:
         }
         for i in indices:
             state: low_state.HostKinds = {"momentum": next(given), "norm": next(given)}
-            self._require_not_negative("norm", i, state["norm"])
+            low_state.require_norms(self.names[i], state)
             if "norm_scale" in self.kept[i]:
                 ordered = low_state.in_memory_order(state, self.orders[i])
                 state = low_state.encoded(ordered, self.state_bits, epsilon)
@@ -150,12 +150,6 @@ class State:
 
     def _with_remainders(self) -> list[int]:
         return [i for i, kept in enumerate(self.kept) if "remainder" in kept]
-
-    def _require_not_negative(self, kind: str, i: int, value: arrays.HostArray) -> None:
-        if (value < 0).any():
-            raise ValueError(
-                f"{kind} of '{self.names[i]}' must not be below zero; received {np.nanmin(value)}"
-            )
 
     # ---- Other values ----------------------------------------------------------------------------
 
@@ -188,18 +182,9 @@ class State:
         pending = [name in listed for name in self.names]
         for i, kept in enumerate(state.kept):
             new = {kind: values[kind, i] for kind in kept}
-            norm = new["norm"]
-            self._require_not_negative(
-                "norm", i, arrays.widened(norm) if norm.dtype == np.uint16 else norm
-            )
-            if "norm_scale" in new:
-                self._require_not_negative("norm_scale", i, new["norm_scale"])
-                if not np.isfinite(new["norm_scale"]).all():
-                    raise ValueError(
-                        f"norm_scale of '{self.names[i]}' must be finite; received "
-                        f"{new['norm_scale'].max()}"
-                    )
-            if orders is not None and norm.dtype == np.uint8 and orders[i] != state.orders[i]:
+            low_state.require_norms(self.names[i], new)
+            is_in_blocks = new["norm"].dtype == np.uint8
+            if orders is not None and is_in_blocks and orders[i] != state.orders[i]:
                 new |= low_state.reordered(new, orders[i], state.orders[i])
             if "gradient_accumulator" in new and new["gradient_accumulator"].any():
                 if not in_window or (accumulated is not None and not pending[i]):

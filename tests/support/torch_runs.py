@@ -45,12 +45,12 @@ def clones(params, dtype=None):
     return [torch.nn.Parameter(param.detach().clone().to(dtype or param.dtype)) for param in params]
 
 
-def through_a_file(saved, weights_only=True):
+def through_a_file(saved, weights_only=True, **options):
     """What comes back from a file, which by default may hold no code."""
     file = io.BytesIO()
     torch.save(saved, file)
     file.seek(0)
-    return torch.load(file, weights_only=weights_only)
+    return torch.load(file, weights_only=weights_only, **options)
 
 
 def feed(params, grads):

@@ -53,8 +53,9 @@ class Adamax(_on_backend()):  # type: ignore[misc]
         ``loss_scale_factor``, ``gradient_accumulation_steps``, ``name``.
     state_bits : {32, 16, 8}
         On torch: bits of an element of first moment and infinity norm, of float32, float16 and
-        bfloat16 variables. With 8, variables with fewer than 4096 elements keep float32, and
-        `beta_1` must be below `beta_2`; for `beta_1` above 0.95 rather take 16.
+        bfloat16 variables. With 8, variables with fewer than 4096 elements keep float32, `beta_1`
+        must be below `beta_2` and `epsilon` at least 2**-86 and, after `build`, fixed; for `beta_1`
+        above 0.95 rather take 16.
     weight_rounding : {"nearest", "stochastic", "remainder"}
         On torch: how bfloat16 variables are stored (not float32 ones, as of the policy
         "mixed_bfloat16"): to nearest, where steps that are small beside a weight are lost; at

@@ -84,7 +84,8 @@ class TorchAdamax(keras.optimizers.Adamax):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            Shapes differ; a norm is below zero. Nothing has changed then.
+            With other settings than Keras': shapes or dtypes differ; a norm or the number of calls
+            is below zero. Nothing has changed then.
         """
         if self._stored is None:
             super().load_own_variables(store)

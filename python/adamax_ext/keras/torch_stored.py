@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import torch
 
-from adamax_ext import _core, arrays, low_state
+from adamax_ext import _core, _settings, arrays, checkpoint, low_state
 
 Strides: TypeAlias = tuple[int, ...]
 _STATE = ("momentum", "norm")
@@ -110,24 +110,23 @@ class Stored:
             return
         number_of = {}
         for i, variable in enumerate(expected[:count]):
-            value = number_of[id(variable)] = arrays.as_host(store[str(i)], f"store['{i}']")
-            if value.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"store['{i}'] must have the shape {tuple(variable.shape)} of "
-                    f"'{variable.path}'; received {value.shape}"
-                )
+            label, shape = f"store['{i}'] ('{variable.path}')", tuple(variable.shape)
+            is_count, is_double = variable is optimizer._iterations, variable.dtype == "float64"
+            dtype = "int64" if is_count else "float64" if is_double else "float32"
+            value = number_of[id(variable)] = checkpoint.as_numbers(
+                label, store[str(i)], shape, dtype
+            )
+            if is_count:
+                _settings.integer(label, value.item(), 0, np.iinfo(variable.dtype).max)
         bits: list[tuple[Any, arrays.HostArray]] = []
         for kept in self._kept(optimizer):
+            if kept.norm is not None:
+                low_state.require_norms(kept.weight.path, {"norm": number_of[id(kept.norm)]})
             if kept.norm_scale is not None:
                 state = {
                     kind: _ordered(number_of.pop(id(getattr(kept, kind))), kept.strides)
                     for kind in _STATE
                 }
-                if (state["norm"] < 0).any():
-                    raise ValueError(
-                        f"norm of '{kept.weight.path}' must not be below zero; received "
-                        f"{np.nanmin(state['norm'])}"
-                    )
                 codes = low_state.encoded(state, optimizer.state_bits, float(optimizer.epsilon))
                 bits += [(getattr(kept, kind), array) for kind, array in codes.items()]
             if kept.remainder is not None:
