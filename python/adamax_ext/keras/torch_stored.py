@@ -85,7 +85,7 @@ class Stored:
             if kept.norm_scale is not None:
                 codes = {kind: _host(getattr(kept, kind), kept.strides) for kind in _STATE}
                 codes["norm_scale"] = _host(kept.norm_scale, (1,))
-                decoded = low_state.decoded(codes, float(optimizer.epsilon))
+                decoded = low_state.decoded(codes, self.epsilon)
                 number_of |= {id(getattr(kept, kind)): decoded[kind] for kind in _STATE}
             if kept.remainder is not None:
                 halves, low = (_host(v, kept.strides) for v in (kept.weight, kept.remainder))
@@ -127,7 +127,7 @@ class Stored:
                     kind: _ordered(number_of.pop(id(getattr(kept, kind))), kept.strides)
                     for kind in _STATE
                 }
-                codes = low_state.encoded(state, optimizer.state_bits, float(optimizer.epsilon))
+                codes = low_state.encoded(state, optimizer.state_bits, self.epsilon)
                 bits += [(getattr(kept, kind), array) for kind, array in codes.items()]
             if kept.remainder is not None:
                 joined = number_of.get(id(kept.weight))
