@@ -167,6 +167,36 @@ def test_groups_that_come_later_and_a_seed_that_changes():
             require_same(param, optimizer.state[param], variable.expected(), f"call {call}")
 
 
+def test_an_option_that_a_plain_group_is_given_later():
+    params = parameters(BF16, [(4500,)])
+    optimizer, program = Adamax(params, **SETTINGS), Variable(params[0], 0, 32, "nearest", 0)
+    for call in range(4):
+        if call == 2:
+            optimizer.param_groups[0]["weight_rounding"] = program.weight.rounding = "stochastic"
+        feed(params, gradients(call, params))
+        optimizer.step()
+        program.step(params[0].grad, **SETTINGS)
+        require_same(params[0], optimizer.state[params[0]], program.expected(), f"call {call}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_options_of_one_group_leave_moments_of_another_in_their_dtype(dtype):
+    """A plain group takes moments that somebody made in another one, as torch's class does."""
+    params = parameters(F32, [(4500,), (4600,)])
+    alone = clones(params)[1]
+    both = Adamax([{"params": params[:1], "state_bits": 8}, {"params": params[1:]}])
+    one = Adamax([alone])
+    for call in range(3):
+        feed([*params, alone], [*gradients(call, params), gradients(call, params)[1]])
+        both.step()
+        one.step()
+        for state in (both.state[params[1]], one.state[alone]):
+            state.update({key: state[key].to(dtype) for key in ("exp_avg", "exp_inf")})
+    assert_same(params[1], alone)
+    for key in ("exp_avg", "exp_inf"):
+        assert_same(both.state[params[1]][key], one.state[alone][key], key)
+
+
 def test_the_seed_is_of_every_rounding():
     results = []
     for seed in (0, 1, 2**32, np.int64(0)):
@@ -561,6 +591,17 @@ def test_options_out_of_range(option, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": params[1:], **option})
     assert len(optimizer.param_groups) == 1
+    for done in range(2):  # edited before the first step, and after it
+        optimizer.param_groups[0].update(option)
+        feed(params, gradients(0, params))
+        before = clones(params)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert len(optimizer.state) == done
+        for param, kept in zip(params, before, strict=True):
+            assert_same(param, kept)
+        del optimizer.param_groups[0][next(iter(option))]
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
@@ -600,6 +641,8 @@ def test_float16_is_rounded_to_nearest_alone(rounding):
 def test_a_parameter_that_became_another_one_before_its_first_step():
     params = parameters(F32)
     optimizer = Adamax(params, state_bits=16)
+    feed(params[:1], gradients(0, params[:1]))
+    optimizer.step()
     params[1].data = params[1].data.double()
     feed(params, gradients(0, params))
     before = Snapshot(optimizer)

@@ -41,22 +41,35 @@ class Walk {
   py::object next_param_, next_state_;
 };
 
+bool contains(py::handle group, py::handle key) {
+  const int found = PySequence_Contains(group.ptr(), key.ptr());
+  if (found < 0) throw py::error_already_set();
+  return found == 1;
+}
+
 }  // namespace
 
 Collected collect(const py::list& groups, const py::dict& states, const py::tuple& keys,
-                  const py::tuple& optional_keys, const py::tuple& plain_types) {
-  const py::str attribute("grad");
+                  const py::tuple& optional_keys, const py::tuple& options,
+                  const py::tuple& plain_types) {
+  const py::str params_key("params"), attribute("grad");
   Collected collected;
   Walk walk(states);
   std::size_t count = 0, number = 0;
   std::vector<py::object> arrays;  // many times cheaper to append to than a list
-  arrays.reserve(states.size() * (keys.size() + optional_keys.size() + 4));
+  arrays.reserve(states.size() * (keys.size() + 3));
   const auto append = [&](py::handle array) {
     arrays.push_back(py::reinterpret_borrow<py::object>(array));
   };
   for (const py::handle group : groups) {
     const std::size_t before = count;
-    for (const py::handle param : py::tuple(py::reinterpret_borrow<py::object>(group))) {
+    const bool has_options = std::any_of(
+        options.begin(), options.end(), [&](py::handle option) { return contains(group, option); });
+    if (has_options) collected.with_options.push_back(collected.sizes.size());
+    const auto params =
+        py::reinterpret_steal<py::object>(PyObject_GetItem(group.ptr(), params_key.ptr()));
+    if (!params) throw py::error_already_set();
+    for (const py::handle param : py::tuple(params)) {
       const auto grad =
           py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), attribute.ptr()));
       if (!grad) throw py::error_already_set();
@@ -73,25 +86,34 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       if (!is_plain || !is_known) collected.to_inspect.push_back(count);
       append(param);
       append(grad);
-      const auto append_state = [&](py::handle key, bool is_there) {
-        PyObject* const array =
-            is_there ? PyDict_GetItemWithError(state.ptr(), key.ptr()) : Py_None;
+      const auto state_at = [&](py::handle key) {  // null if it is not there
+        PyObject* const array = PyDict_GetItemWithError(state.ptr(), key.ptr());
         if (array == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-        if (array != nullptr) append(array);
-        return array != nullptr;
+        return array;
       };
       for (const py::handle key : keys) {
-        if (append_state(key, is_known)) continue;
-        PyErr_SetObject(PyExc_KeyError, key.ptr());
-        throw py::error_already_set();
+        PyObject* const array = is_known ? state_at(key) : Py_None;
+        if (array == nullptr) {
+          PyErr_SetObject(PyExc_KeyError, key.ptr());
+          throw py::error_already_set();
+        }
+        append(array);
       }
       // Mostly there is nothing else, and nothing is looked for.
       const bool has_more = is_known && PyDict_GET_SIZE(state.ptr()) > PyTuple_GET_SIZE(keys.ptr());
-      for (const py::handle key : optional_keys) {
-        if (!append_state(key, has_more)) append(Py_None);
+      if (has_options || has_more) {
+        py::list more;
+        for (const py::handle key : optional_keys) {
+          PyObject* const array = has_more ? state_at(key) : nullptr;
+          more.append(array != nullptr ? py::handle(array) : py::none());
+        }
+        more.append(number);
+        more.append(0);  // no part: it begins with its first element
+        arrays.push_back(py::tuple(more));
+      } else {
+        append(Py_None);
       }
-      arrays.push_back(py::int_(number++));
-      append(Py_None);  // no part: it begins with its first element
+      ++number;
       ++count;
     }
     collected.sizes.push_back(count - before);

@@ -106,7 +106,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def_readonly("calls", &Stepper::calls)
       .def(
           "step",
-          [](Stepper& self, const py::list& arrays, std::vector<std::size_t> sizes,
+          [](Stepper& self, const py::tuple& arrays, std::vector<std::size_t> sizes,
              std::vector<StepGroup> groups, std::vector<py::object> learning_rates,
              std::vector<std::pair<py::object, py::object>> loss_scales, bool is_strict) {
             return self.step(arrays,
@@ -120,12 +120,14 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "collect",
       [](const py::list& groups, const py::dict& states, const py::tuple& keys,
-         const py::tuple& optional_keys, const py::tuple& plain_types) {
-        const Collected collected = collect(groups, states, keys, optional_keys, plain_types);
-        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect);
+         const py::tuple& optional_keys, const py::tuple& options, const py::tuple& plain_types) {
+        const Collected collected =
+            collect(groups, states, keys, optional_keys, options, plain_types);
+        return py::make_tuple(collected.arrays, collected.sizes, collected.to_inspect,
+                              collected.with_options);
       },
       py::arg("groups"), py::arg("states"), py::kw_only(), py::arg("keys"),
-      py::arg("optional_keys"), py::arg("plain_types"));
+      py::arg("optional_keys"), py::arg("options"), py::arg("plain_types"));
 
   m.def(
       "update",

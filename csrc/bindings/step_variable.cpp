@@ -23,14 +23,30 @@ std::size_t moment_itemsize(const Storage& storage) {
   return storage.state == StateFormat::k16Bits ? 2 : 1;
 }
 
+py::handle entry(const py::tuple& arrays, std::size_t i, Role role) {
+  return PyTuple_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kWidth * i + role));
+}
+
+void require_options(const py::tuple& arrays, std::size_t i) {
+  constexpr int kCount = kNumRoles - kOptions;
+  const auto options = py::reinterpret_borrow<py::object>(entry(arrays, i, kOptions));
+  if (options.is_none()) return;
+  if (py::isinstance<py::tuple>(options) && py::len(options) == kCount) return;
+  throw py::value_error(Label{"options", static_cast<py::ssize_t>(i)}.text() +
+                        " must be None or a tuple of " + std::to_string(kCount) + "; received " +
+                        py::cast<std::string>(repr(options)));
+}
+
 }  // namespace
 
 Label label(Role role, std::size_t i) {
   return {kRoles[role], static_cast<py::ssize_t>(i), nullptr};
 }
 
-py::handle item(const py::list& arrays, std::size_t i, Role role) {
-  return PyList_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kNumRoles * i + role));
+py::handle item(const py::tuple& arrays, std::size_t i, Role role) {
+  if (role < kOptions) return entry(arrays, i, role);
+  const py::handle options = entry(arrays, i, kOptions);
+  return options.is_none() ? options : PyTuple_GET_ITEM(options.ptr(), role - kOptions);
 }
 
 ScalarType scalar_type(const Buffer& number, const Label& label) {
@@ -89,8 +105,9 @@ void StepVariable::write_count() const {
   }
 }
 
-bool StepVariable::import(const py::list& arrays, std::size_t i, WeightRounding rounding,
+bool StepVariable::import(const py::tuple& arrays, std::size_t i, WeightRounding rounding,
                           Leases& leases, std::map<int, Streams>& streams) {
+  require_options(arrays, i);
   Buffer param, buffer;
   const auto note = [&](const Buffer& seen) {
     if (seen.device != kHost) streams[seen.device].add(seen);
@@ -121,10 +138,11 @@ bool StepVariable::import(const py::list& arrays, std::size_t i, WeightRounding 
       note(buffer);
     }
   }
-  if (!is_plain(variable.storage)) {  // which draws no random numbers
+  if (item(arrays, i, kNumber).is_none()) {
+    variable.number = 0, variable.first_element = 0;
+  } else {
     variable.number = py::cast<std::uint32_t>(item(arrays, i, kNumber));
-    const py::handle first = item(arrays, i, kFirstElement);
-    variable.first_element = first.is_none() ? 0 : py::cast<std::int64_t>(first);
+    variable.first_element = py::cast<std::int64_t>(item(arrays, i, kFirstElement));
   }
 
   const Label count_label = label(kSteps, i);

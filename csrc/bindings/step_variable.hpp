@@ -14,24 +14,27 @@
 namespace adamax::bindings {
 
 // What there is of a variable, in this order: parameter, gradient, first moment, infinity norm, one
-// float32 or float64, the number of completed steps; or None: the scales of a norm in fewer bits,
-// what a weight does not hold; then its number among all, and the first element of a part, or None.
+// float32 or float64, the number of completed steps; and last a tuple of what few have, or None:
+// the scales of a norm in fewer bits, or None; what a weight does not hold, or None; for random
+// numbers its own among all variables, and the first element of a part.
 enum Role {
   kParam,
   kGrad,
   kMomentum,
   kNorm,
   kSteps,
-  kNormScale,
+  kOptions,
+  kNormScale = kOptions,
   kRemainder,
   kNumber,
   kFirstElement,
   kNumRoles,
 };
+constexpr int kWidth = kOptions + 1;  // entries of a variable among the arrays of all
 
 // As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);
-py::handle item(const py::list& arrays, std::size_t i, Role role);
+py::handle item(const py::tuple& arrays, std::size_t i, Role role);
 
 struct StepVariable {
   Variable variable;  // its group is that of the settings of the call
@@ -43,7 +46,7 @@ struct StepVariable {
   std::size_t grad_place = 0;  // among what is written, as last seen
 
   // From the arrays of all variables. Returns whether what a step writes lies where it lay before.
-  bool import(const py::list& arrays, std::size_t i, WeightRounding rounding, Leases& leases,
+  bool import(const py::tuple& arrays, std::size_t i, WeightRounding rounding, Leases& leases,
               std::map<int, Streams>& streams);
 
   void add_to(WrittenMemory& written, std::size_t i) const;

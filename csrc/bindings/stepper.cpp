@@ -160,15 +160,15 @@ std::vector<Stepper::Part> Stepper::parts(const StepSettings& settings, bool one
   return parts;
 }
 
-std::vector<std::size_t> Stepper::step(const py::list& arrays, StepSettings settings,
+std::vector<std::size_t> Stepper::step(const py::tuple& arrays, StepSettings settings,
                                        bool is_strict) {
   const Busy busy(is_busy_);
   const std::size_t count =
       std::accumulate(settings.sizes.begin(), settings.sizes.end(), std::size_t{0});
   const std::size_t groups = settings.groups.size();
-  if (count * kNumRoles != arrays.size() || settings.sizes.size() != groups ||
+  if (count * kWidth != arrays.size() || settings.sizes.size() != groups ||
       (!settings.learning_rates.empty() && settings.learning_rates.size() != groups)) {
-    throw py::value_error("arrays must have " + std::to_string(kNumRoles) +
+    throw py::value_error("arrays must have " + std::to_string(kWidth) +
                           " entries for each of the " + std::to_string(count) +
                           " variables of sizes, and sizes and learning_rates an entry for each "
                           "of " +

@@ -33,13 +33,12 @@ class Stepper {
   ~Stepper();
 
   // One step of all variables together; of one after the other, in order, if they share memory.
-  // `arrays` has those of each Role for each variable; nobody changes it meanwhile. The number of
-  // completed steps is raised; it lies on the host, or where the variable does, and is then read
-  // when the device runs.
+  // `arrays` has kWidth entries for each variable, as Role says. The number of completed steps is
+  // raised; it lies on the host, or where the variable does, and is then read when the device runs.
   //
   // Returns the variables whose memory no kernel takes as it is, with nothing changed; throws what
   // is wrong with the first one instead if `is_strict`.
-  std::vector<std::size_t> step(const py::list& arrays, StepSettings settings, bool is_strict);
+  std::vector<std::size_t> step(const py::tuple& arrays, StepSettings settings, bool is_strict);
 
   std::int64_t calls = 0;  // of step(), that were done: an interrupt in Python can come behind one
 

@@ -83,7 +83,9 @@ class Stepper:
     def __init__(self) -> None: ...
     def step(
         self,
-        arrays: list[Any],  # for each variable: see the roles of csrc/bindings/step_variable.hpp
+        arrays: tuple[
+            Any, ...
+        ],  # for each variable: see the roles of csrc/bindings/step_variable.hpp
         *,
         sizes: Sequence[int],  # variables of each group
         groups: Sequence[StepGroup],
@@ -93,13 +95,16 @@ class Stepper:
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
 
 def collect(
-    groups: list[list[Any]],
+    groups: list[dict[str, Any]],
     states: dict[Any, Any],
     *,
     keys: tuple[str, ...],
     optional_keys: tuple[str, ...],
+    options: tuple[str, ...],
     plain_types: tuple[type, ...],
-) -> tuple[list[Any], list[int], list[int]]: ...  # arrays and sizes for step(), what to inspect
+) -> tuple[
+    list[Any], list[int], list[int], list[int]
+]: ...  # arrays and sizes for step(), variables to inspect, groups with options
 def update(
     param: Any,
     grad: Any,

@@ -63,8 +63,9 @@ class Adamax(torch.optim.Optimizer):
     ``exp_avg`` and ``exp_inf``. A step is done for all parameters or, if an exception says why,
     for none.
 
-    `state_bits`, `weight_rounding` and `seed` can be those of a parameter group, and are fixed once
-    it has state. A group has their keys unless all three are as by default. State in fewer bits has
+    `state_bits`, `weight_rounding` and `seed` can be those of a parameter group, which has their
+    keys unless all three are as by default. Once it has state, the seed can be changed, and
+    "nearest" and "stochastic" be exchanged; the rest is fixed. State in fewer bits has
     ``exp_inf_scale`` too, and rounding with a remainder ``remainder``. Random numbers follow from
     the seed, the number of the step (float32, which stops at 2**24: from there on each step draws
     the same), the position of the parameter among all of the optimizer, and that of an element in

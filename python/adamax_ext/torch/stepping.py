@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamax_ext import _core
+from adamax_ext.torch import storage
 from adamax_ext.torch.parts import is_distributed, local, parts_of, placed, ready
 from adamax_ext.torch.state import new_state
 from adamax_ext.torch.tensors import (
@@ -48,12 +49,17 @@ class Settings(NamedTuple):
     groups: list[_core.StepGroup]
     learning_rates: list[Tensor | None]  # that a GPU is to read; empty if there are none
     loss_scale: LossScale
-    is_plain: bool  # no group has options of storage
+    with_options: list[int]  # groups that have options of storage
 
     def of(self, i: int) -> "Settings":
         """Return those of one group."""
         one = slice(i, i + 1)
-        return self._replace(groups=self.groups[one], learning_rates=self.learning_rates[one])
+        return Settings(
+            self.groups[one],
+            self.learning_rates[one],
+            self.loss_scale,
+            [0] if i in self.with_options else [],
+        )
 
 
 class Stepping:
@@ -73,38 +79,37 @@ class Stepping:
         loss_scale: LossScale,
     ) -> None:
         """Do one step, or raise an exception that says why nothing was done."""
-        arrays, sizes, to_inspect = _core.collect(
-            [group["params"] for group in param_groups],
+        arrays, sizes, to_inspect, with_options = _core.collect(
+            param_groups,
             states,
             keys=KEYS,
             optional_keys=OPTIONAL_KEYS,
+            options=tuple(storage.DEFAULTS),
             plain_types=(Parameter, Tensor),
         )
-        is_plain = not any("seed" in group for group in param_groups)
+        settings = self._settings_of(param_groups, with_options, loss_scale)
         ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
         for i in to_inspect:
-            variable = Variable(*arrays[WIDTH * i : WIDTH * (i + 1)])
+            variable, group_index = Variable.at(arrays, i), bisect_right(ends, i)
             param = variable.param
             if variable.exp_avg is None:
                 if param not in new_states:
-                    group = param_groups[bisect_right(ends, i)]
-                    new_states[param] = new_state(param, group)
+                    new_states[param] = new_state(param, param_groups[group_index])
                 variable = variable._replace(**new_states[param])
             if is_distributed(param):
                 wrappers.append(param)
                 variable = placed(variable, i)
-                if not is_plain:
+                if group_index in with_options:
                     variable = variable._replace(first_element=parts_of(param).first_element)
                 if param in states:  # moments that were loaded for another placement stay here
                     states[param].update(variable.state)
                 variable = local(variable)
-            arrays[WIDTH * i : WIDTH * (i + 1)] = variable
+            variable.put(arrays, i)
         for group, size, end in zip(param_groups, sizes, ends, strict=True):
             if group["capturable"]:
                 _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
-        settings = self._settings_of(param_groups, loss_scale, is_plain)
         states.update(new_states)
         before = self._stepper.calls
         try:
@@ -118,7 +123,7 @@ class Stepping:
             torch.autograd.graph.increment_version(wrappers)
 
     def _step_arrays(self, arrays: list[Any], sizes: list[int], settings: Settings) -> None:
-        """Do one step on the tensors of each Variable, one after the other in `arrays`."""
+        """Do one step on variables whose entries lie one after the other in `arrays`."""
         unfit = self._call(arrays, sizes, settings, is_strict=False)
         if unfit:
             with torch.no_grad():
@@ -130,14 +135,16 @@ class Stepping:
         """Do one step where the native one does not take some variables as they are."""
         writes_gradients = settings.loss_scale.grad_scale is not None
         gathered: dict[int, Gathered] = {}
+        ends = list(accumulate(sizes))
         taken = list(arrays)
         for is_strict in (False, True):  # what overlaps is found when all is dense
             for i in unfit:
-                begin = WIDTH * i
-                arrays[begin + 1] = ready(arrays[begin + 1])  # a gradient that a collective gives
-                variable = Variable(*arrays[begin : begin + WIDTH])
-                gathered[i] = Gathered(variable, self.name, writes_gradients, settings.is_plain)
-                taken[begin : begin + WIDTH] = gathered[i].variable
+                variable = Variable.at(arrays, i)
+                variable = variable._replace(grad=ready(variable.grad))  # that a collective gives
+                variable.put(arrays, i)
+                is_plain = bisect_right(ends, i) not in settings.with_options
+                gathered[i] = Gathered(variable, self.name, writes_gradients, is_plain)
+                gathered[i].variable.put(taken, i)
             if share_memory(arrays, gathered):
                 self._step_in_turn(arrays, sizes, settings)
                 return
@@ -157,13 +164,13 @@ class Stepping:
     def _step_in_turn(self, arrays: list[Any], sizes: list[int], settings: Settings) -> None:
         """Step one variable after the other: each is gathered when those before are scattered."""
         done: list[tuple[Tensor, Tensor]] = []  # what is written, and a copy from before
-        variables = (arrays[begin : begin + WIDTH] for begin in range(0, len(arrays), WIDTH))
+        variables = iter(range(len(arrays) // WIDTH))
         try:
-            for i, size in enumerate(sizes):
-                for tensors in islice(variables, size):
-                    written = Variable(*tensors).written
-                    done += [(tensor, tensor.clone()) for tensor in written]
-                    self._step_arrays(tensors, [1], settings.of(i))
+            for group, size in enumerate(sizes):
+                for i in islice(variables, size):
+                    done += [(tensor, tensor.clone()) for tensor in Variable.at(arrays, i).written]
+                    entries = arrays[WIDTH * i : WIDTH * (i + 1)]
+                    self._step_arrays(entries, [1], settings.of(group))
         except BaseException:
             for tensor, copy in reversed(done):
                 tensor.copy_(copy)
@@ -174,7 +181,7 @@ class Stepping:
         self, arrays: list[Any], sizes: list[int], settings: Settings, is_strict: bool
     ) -> list[int]:
         return self._stepper.step(
-            arrays,
+            tuple(arrays),
             sizes=sizes,
             groups=settings.groups,
             learning_rates=settings.learning_rates,
@@ -183,17 +190,25 @@ class Stepping:
         )
 
     def _settings_of(
-        self, param_groups: list[dict[str, Any]], loss_scale: LossScale, is_plain: bool
+        self,
+        param_groups: list[dict[str, Any]],
+        with_options: list[int],
+        loss_scale: LossScale,
     ) -> Settings:
         count = len(param_groups)
         if len(self._groups) != count:
             self._settings, self._groups = [()] * count, [_core.StepGroup() for _ in range(count)]
         rates: list[Tensor | None] = [None] * count
+        has_rates = False
+        options: list[Any] = [None] * count
+        for i in with_options:
+            options[i] = storage.options(param_groups[i])
         for i, group in enumerate(param_groups):
             lr = group["lr"]
             if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
                 is_known = lr.dtype in (torch.float32, torch.float64)
                 rates[i] = lr if is_known else lr.double()
+                has_rates = True
                 lr = 0.0
             beta_1, beta_2 = group["betas"]
             # Numbers, as the value of a tensor can change in place.
@@ -205,14 +220,14 @@ class Stepping:
                 float(group["weight_decay"]),
                 group["maximize"],
                 group["decoupled_weight_decay"],
-                group.get("weight_rounding", "nearest"),
-                group.get("seed", 0),
+                options[i],
             )
             if settings != self._settings[i]:
+                if options[i] not in (None, *self._settings[i][-1:]):
+                    storage.require_valid(group, i)
                 self._groups[i] = _native_group(*settings)
                 self._settings[i] = settings
-        has_rates = any(rate is not None for rate in rates)
-        return Settings(self._groups, rates if has_rates else [], loss_scale, is_plain)
+        return Settings(self._groups, rates if has_rates else [], loss_scale, with_options)
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
@@ -227,8 +242,7 @@ def _native_group(
     weight_decay: float,
     maximize: bool,
     decoupled: bool,
-    weight_rounding: str,
-    seed: int,
+    options: tuple[int, str, int] | None,
 ) -> _core.StepGroup:
     group = _core.StepGroup()
     group.learning_rate = lr
@@ -236,7 +250,8 @@ def _native_group(
     group.epsilon, group.epsilon_mode = eps, "inside"
     group.weight_decay, group.decay = weight_decay, "decoupled" if decoupled else "l2"
     group.maximize = bool(maximize)
-    group.weight_rounding, group.seed = weight_rounding, seed
+    if options is not None:
+        _, group.weight_rounding, group.seed = options
     return group
 
 

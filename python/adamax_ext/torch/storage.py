@@ -23,9 +23,15 @@ _WIDER = {
 
 def complete(group: dict[str, Any]) -> None:
     """Give a group all options, or none."""
-    options = {name: group.pop(name, value) for name, value in DEFAULTS.items()}
-    if options != DEFAULTS:
-        group.update(options)
+    given = {name: group.pop(name, value) for name, value in DEFAULTS.items()}
+    if given != DEFAULTS:
+        group.update(given)
+
+
+def options(group: dict[str, Any]) -> tuple[int, str, int]:
+    """Return the options of a group in their order."""
+    bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
+    return bits, rounding, seed
 
 
 def require_valid(group: dict[str, Any], index: int) -> None:
@@ -33,7 +39,7 @@ def require_valid(group: dict[str, Any], index: int) -> None:
 
     `index` is the position of the group in the optimizer.
     """
-    bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
+    bits, rounding, seed = options(group)
     _settings.one_of("state_bits", bits, low_state.BITS)
     _settings.one_of("weight_rounding", rounding, low_state.ROUNDINGS)
     _settings.seed("seed", seed)
@@ -45,7 +51,7 @@ def require_valid(group: dict[str, Any], index: int) -> None:
 
 def require_storable(param: Tensor, group: dict[str, Any], label: str) -> None:
     """Raise TypeError, naming the parameter, where the options of its group cannot be its own."""
-    bits, rounding, _ = (group.get(name, value) for name, value in DEFAULTS.items())
+    bits, rounding, _ = options(group)
     computed = state_dtype(param)
     if bits != 32 and computed != torch.float32:
         raise TypeError(

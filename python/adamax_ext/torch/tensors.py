@@ -22,7 +22,17 @@ class Variable(NamedTuple):
     exp_inf_scale: Any = None  # of a norm in fewer bits
     remainder: Any = None  # what a bfloat16 weight does not hold
     number: int = 0  # among all of the optimizer
-    first_element: int | None = None  # of a part, where random numbers are drawn
+    first_element: int = 0  # of a part, where random numbers are drawn
+
+    @classmethod
+    def at(cls, arrays: list[Any], i: int) -> "Variable":
+        """Return the variable at position `i` among the entries of many."""
+        *tensors, options = arrays[WIDTH * i : WIDTH * (i + 1)]
+        return cls(*tensors, *(options or ()))
+
+    def put(self, arrays: list[Any], i: int) -> None:
+        """Replace that variable."""
+        arrays[WIDTH * i : WIDTH * (i + 1)] = [*self[: WIDTH - 1], self[WIDTH - 1 :]]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -41,20 +51,18 @@ class Variable(NamedTuple):
         return self.exp_inf_scale is not None and self.exp_avg.dtype == torch.int8
 
 
-WIDTH = len(Variable._fields)  # of one in a list of tensors of many
+WIDTH = 6  # entries of a variable among those of many: the last is a tuple of what few have
 KEYS, OPTIONAL_KEYS = Variable._fields[2:5], Variable._fields[5:-2]  # of a state
 
 
 def share_memory(arrays: list[Any], unfit: Iterable[int]) -> bool:
     """Whether a variable that is gathered may share memory with what another one has.
 
-    `arrays` has the tensors of each Variable, one after the other; `unfit` are to be gathered.
+    `arrays` has the entries of each variable, one after the other; `unfit` are to be gathered.
     """
     storages = [
         (_storage_of(variable.grad), [_storage_of(tensor) for tensor in variable.written])
-        for variable in (
-            Variable(*arrays[begin : begin + WIDTH]) for begin in range(0, len(arrays), WIDTH)
-        )
+        for variable in (Variable.at(arrays, i) for i in range(len(arrays) // WIDTH))
     ]
     written = Counter(chain.from_iterable(own for _, own in storages))
     readers = Counter(grad for grad, _ in storages)
