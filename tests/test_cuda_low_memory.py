@@ -13,7 +13,13 @@ import pytest
 from support import emulated
 from support.cuda_api import CudaCall, group_of
 from support.emulated import on_cuda
-from support.low_memory import STORAGES, Twins
+from support.low_memory import (
+    STORAGES,
+    Twins,
+    check_nans,
+    check_zeroed_weights,
+    needs_bfloat16,
+)
 from support.low_memory_cuda import DeviceTwins, random_gradient
 from support.steps import EMA_MOMENTUM, RULES, SETTINGS
 
@@ -30,21 +36,28 @@ def all_rules():
 # ---- Sizes and places in memory ------------------------------------------------------------------
 
 
+def stepping_there():
+    """What is asked of the module for arrays of the host is done by the GPU."""
+    update = adamax_ext.update
+
+    def lent(value):
+        return on_cuda(value) if isinstance(value, np.ndarray) else value
+
+    def update_there(*arrays, **arguments):
+        update(*map(lent, arrays), **{name: lent(value) for name, value in arguments.items()})
+
+    return mock.patch.object(adamax_ext, "update", update_there)
+
+
 def check_update(storage):
     rng = np.random.default_rng(3)
-    update = adamax_ext.update
     rules, odds = all_rules(), itertools.cycle(ODDS)
-
-    def update_there(**arguments):
-        lent = {k: on_cuda(a) if isinstance(a, np.ndarray) else a for k, a in arguments.items()}
-        update(**lent)
-
-    with mock.patch.object(adamax_ext, "update", update_there):
-        for size in [*EDGES, *rng.integers(1, 1101, 25), 70_000]:
+    with stepping_there():
+        for size in [*EDGES, *rng.integers(1, 1101, 25), 69_999, 70_000, 70_001]:
             rule, clipvalue = next(rules)
             settings = {**SETTINGS, **rule, "clipvalue": clipvalue}
             twins = Twins(rng, size, storage, odd=next(odds), is_fresh=size % 2 == 0)
-            for step in range(1, 3 if size == 70_000 else 5):
+            for step in range(1, 3 if size > 69_000 else 5):
                 gradient = random_gradient(rng, size, special=step == 2)
                 twins.step(gradient, f"{size}, {settings}", step=step, grad_scale=0.37, **settings)
 
@@ -52,6 +65,22 @@ def check_update(storage):
 @every_storage
 def test_update(storage):
     emulated.run(check_update, storage)
+
+
+def check_there(check, *arguments):
+    with stepping_there():
+        check(*arguments)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rounding", ["stochastic", "remainder"])
+def test_every_nan_stays_one(rounding):
+    emulated.run(check_there, check_nans, rounding)
+
+
+@needs_bfloat16
+def test_weights_that_somebody_sets_to_zero_are_zero():
+    emulated.run(check_there, check_zeroed_weights)
 
 
 def check_many_steps(storage):

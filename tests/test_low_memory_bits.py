@@ -23,7 +23,7 @@ def gradient(rng, size):
 def check_sizes(storage):
     """Each number of elements that a tile can have, and more than one tile of each."""
     rng = np.random.default_rng(1)
-    for size in (*range(1, 1101), 4095, 4096, 4097):
+    for size in (*range(1, 1101), 4095, 4096, 4097, 69_999, 70_000, 70_001):
         twins = Twins(rng, size, storage, odd=size % 2, average=size % 3 == 0)
         twins.step(gradient(rng, size), f"a step of {size} elements", step=3, **SETTINGS)
 
@@ -77,7 +77,17 @@ def check_first_element(storage):
             twins.step(gradient(rng, 1100), f"from element {first}", step=step, **SETTINGS)
 
 
+def check_threads(storage):
+    """Of so many elements that seven threads have a MiB each to read, in the fewest bytes too."""
+    rng = np.random.default_rng(6)
+    twins = Twins(rng, 12 * 65_536 + 1, storage)
+    for step, threads in enumerate(each_thread_count(), 2):
+        g = gradient(rng, 12 * 65_536 + 1)
+        twins.step(g, f"{threads} threads", step=step, **SETTINGS)
+
+
 CHECKS = (check_sizes, check_rules, check_twenty_steps, check_special_values, check_first_element)
+CHECKS += (check_threads,)
 
 
 @every_isa
@@ -85,15 +95,6 @@ CHECKS = (check_sizes, check_rules, check_twenty_steps, check_special_values, ch
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__[6:] for check in CHECKS])
 def test_bits_of_the_program(isa, storage, check):
     run_on(isa, check, storage)
-
-
-@every_storage
-def test_any_number_of_threads(storage):
-    for threads in each_thread_count():
-        rng = np.random.default_rng(6)
-        twins = Twins(rng, 70_001, storage)
-        for step in (2, 3):
-            twins.step(gradient(rng, 70_001), f"{threads} threads", step=step, **SETTINGS)
 
 
 @every_isa

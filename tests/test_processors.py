@@ -23,7 +23,14 @@ from support.bits import (
     spread,
 )
 from support.building import build_and_install, run
-from support.low_memory import STORAGES, Twins, assert_same
+from support.low_memory import (
+    STORAGES,
+    Twins,
+    assert_same,
+    check_nans,
+    check_zeroed_weights,
+    needs_bfloat16,
+)
 from support.processors import Processor, build_driver, tool
 from support.runs import AVERAGES, CLIPPINGS, DECAYS, MICRO_BATCHES, SCALES, SKIPPED, VARIABLES
 from support.runs import MixedReference as Reference
@@ -129,9 +136,9 @@ def test_without_a_gradient_and_at_the_end(processor, param, grad, sizes):
 
 
 @contextlib.contextmanager
-def stepping_on(processor, offset=0):
-    """What Twins asks the module for is done by the processor."""
-    update = functools.partial(processor.functional_update, offset=offset)
+def stepping_on(processor, **options):
+    """What is asked of the module is done by the processor."""
+    update = functools.partial(processor.functional_update, **options)
     with mock.patch.object(adamax_ext, "update", update):
         yield
 
@@ -178,9 +185,29 @@ def test_few_bits_of_every_length_at_every_address(processor, storage):
         twins = Twins(rng, size, storage, average=size % 2 == 0, first_element=first)
         for step in (2, 3):
             offset = next(offsets)
-            with stepping_on(processor, offset):
+            with stepping_on(processor, offset=offset):
                 label = f"step {step} of {size} from element {first} at {offset}"
                 twins.step(some_gradient(rng, size), label, step=step, **SETTINGS)
+
+
+@every_storage
+def test_few_bits_on_any_number_of_threads(processor, storage):
+    """Around 70,000 elements one thread does all; at last seven have a MiB each to read."""
+    rng = np.random.default_rng(15)
+    for size in (4095, 4096, 69_999, 70_000, 70_001, 12 * 65_536 + 1):
+        twins = Twins(rng, size, storage)
+        for step, threads in enumerate((7, 2, 1) if size > 70_001 else (7,), 2):
+            with stepping_on(processor, threads=threads):
+                label = f"step {step} of {size} on {threads} threads"
+                twins.step(some_gradient(rng, size), label, step=step, **SETTINGS)
+
+
+@needs_bfloat16
+def test_nans_and_zeroed_weights(processor):
+    with stepping_on(processor):
+        check_nans("stochastic")
+        check_nans("remainder")
+        check_zeroed_weights()
 
 
 @pytest.mark.parametrize("epsilon_mode", ["outside", "inside"])

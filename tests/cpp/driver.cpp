@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+namespace adamax::cpu {
+void override_cpu_limit(int cpus);  // as csrc/cpu/parallel.hpp has it
+}
+
 namespace {
 
 [[noreturn]] void fail(const std::string& message) {
@@ -116,6 +120,7 @@ adamax::Call read_call() {
   call.phase = integer<adamax::Phase>();
   call.overwrite = number() != 0;
   call.require_finite = number() != 0;
+  adamax::set_num_threads(integer<int>());
   return call;
 }
 
@@ -178,6 +183,7 @@ void do_call(std::size_t num_variables) {
 int main(int argc, char** argv) try {
   std::printf("%s\n", adamax::active_isa().c_str());
   std::fflush(stdout);
+  adamax::cpu::override_cpu_limit(8);  // so that threads can be more than processors
   if (argc > 1) set_control_register(std::strtoull(argv[1], nullptr, 16));
   for (double num_variables; read(&num_variables, sizeof(num_variables));) {
     do_call(static_cast<std::size_t>(num_variables));

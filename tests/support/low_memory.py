@@ -1,5 +1,6 @@
 """State in fewer bits and weights with their rounding, beside the program."""
 
+import itertools
 from unittest import mock
 
 import adamax_ext
@@ -176,6 +177,30 @@ def assert_same(actual, expected, label):
         np.testing.assert_array_equal(actual, expected, label, strict=True)
     else:
         assert_same_bits(actual, expected, label)
+
+
+def check_nans(rounding):
+    """The largest, which CUDA makes, becomes -0 where only something is added to its bits."""
+    words = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000, 0x7F800001, 0xFF800001], np.uint32)
+    gradients = np.resize(words, 300).view(np.float32)
+    weights = np.ones(300, dtype_of("bfloat16"))
+    m, u = np.zeros(300, np.float32), np.zeros(300, np.float32)
+    kept = {"remainder": np.zeros(300, np.int16)} if rounding == "remainder" else {}
+    adamax_ext.update(weights, gradients, m, u, step=1, weight_rounding=rounding, **kept)
+    assert (weights.view(np.uint16) == program.QUIET).all()
+    assert not any(remainder.any() for remainder in kept.values())
+
+
+def check_zeroed_weights():
+    """By somebody else, whatever remainder was kept of what they were."""
+    for zero, remainder in itertools.product((0, 0x8000), (-32768, -1, 0)):
+        halves, kept = np.full(300, zero, np.uint16), np.full(300, remainder, np.int16)
+        weights = halves.view(dtype_of("bfloat16"))
+        m, u, nothing = (np.zeros(300, np.float32) for _ in range(3))
+        settings = {"step": 3, "remainder": kept, "weight_rounding": "remainder"}
+        adamax_ext.update(weights, nothing, m, u, **settings)
+        assert (halves == zero).all()
+        assert not kept.any()
 
 
 class LowMemoryReference(MixedReference):

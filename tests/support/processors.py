@@ -32,7 +32,9 @@ def build_driver(compiler, library, folder):
     source = REPOSITORY / "tests" / "cpp" / "driver.cpp"
     warnings = ("-Wall", "-Wextra", "-Werror")
     include = f"-I{library.prefix / 'include'}"
-    run(compiler, "-std=c++20", *warnings, include, source, archive, "-pthread", "-o", driver)
+    run(
+        compiler, "-std=c++20", "-O2", *warnings, include, source, archive, "-pthread", "-o", driver
+    )
     return driver
 
 
@@ -59,8 +61,9 @@ class Processor:
         """As `adamax_ext.update`, with the arrays that many bytes past whole vectors."""
         self.call([arrays], offset, **settings)
 
-    def functional_update(self, *, offset=0, **arguments):
+    def functional_update(self, *arrays, offset=0, **arguments):
         """With the arguments of `adamax_ext.update`."""
+        arguments |= zip(ROLES, arrays, strict=False)
         arrays = {role: arguments.pop(role) for role in ROLES if role in arguments}
         self.call([arrays], offset, **arguments)
 
@@ -87,6 +90,7 @@ class Processor:
         phase="update",
         overwrite=False,
         require_finite=False,
+        threads=2,
         weight_rounding="nearest",
         seed=0,
         variable=0,  # the number of the first one
@@ -103,7 +107,7 @@ class Processor:
         numbers(EPSILONS.index(epsilon_mode), clipvalue or 0, ema_momentum, step)
         numbers(seed % 2**32, seed >> 32)
         numbers(grad_scale, CLIPS.index(clip), limit, micro_batches, PHASES.index(phase))
-        numbers(overwrite, require_finite)
+        numbers(overwrite, require_finite, threads)
         for index, arrays in enumerate(variables):
             param, grad = arrays["param"], arrays.get("grad")
             grad_name = compute_dtype(param.dtype).name if grad is None else grad.dtype.name
