@@ -38,6 +38,17 @@ def test_torch_example(capsys):
     assert_prints_0_to_7(block("python", "In torch"), capsys)
 
 
+def test_low_memory_example():
+    torch, names = load_torch(), {}
+    exec(block("python", "Training with less memory"), names)
+    weight, optimizer = names["model"].weight, names["optimizer"]
+    names["model"](torch.ones(256, dtype=weight.dtype)).sum().backward()
+    optimizer.step()
+    kept = [weight, *optimizer.state[weight].values()]
+    bytes_of_one = sum(tensor.numel() * tensor.itemsize for tensor in kept) / weight.numel()
+    assert f"{bytes_of_one:.2f}, 10 |" in README  # of the table
+
+
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_keras_example(capsys):
