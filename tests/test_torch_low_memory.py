@@ -118,6 +118,29 @@ def test_groups_with_options_of_their_own(dtype, bits, rounding):
                 require_same(param, optimizer.state[param], variable.expected(), f"call {call}")
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(("dtype", "bits", "rounding"), STORAGES[1:])
+def test_options_of_one_group_are_not_those_of_another(dtype, bits, rounding, is_first):
+    """The bits of two optimizers; a parameter without gradients keeps the number of the other."""
+    own = {"state_bits": bits, "weight_rounding": rounding, "seed": 5}
+    options = [own, {}] if is_first else [{}, own]
+    first, second = parameters(dtype, [(70, 60), (45, 91)])
+    together = Adamax([{"params": [first], **options[0]}, {"params": [second], **options[1]}])
+    one, other = clones([first, second])
+    nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+    alone = [Adamax([one], **options[0]), Adamax([nothing, other], **options[1])]
+    for call in range(3):
+        grads = gradients(call, [first, second])
+        feed([first, second, one, other], grads * 2)
+        for optimizer in (together, *alone):
+            optimizer.step()
+    for param, copied, optimizer in zip((first, second), (one, other), alone, strict=True):
+        assert_same(param, copied)
+        assert list(together.state[param]) == list(optimizer.state[copied])
+        for key, tensor in together.state[param].items():
+            assert_same(tensor, optimizer.state[copied][key], key)
+
+
 @pytest.mark.parametrize(("dtype", "bits", "rounding"), STORAGES[1:])
 def test_the_functional_step_has_the_same_bits(dtype, bits, rounding):
     params = parameters(dtype, [(4500,), (70, 60)])
@@ -714,10 +737,14 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(("bits", "changes", "error", "message"), BROKEN)
-def test_state_that_does_not_fit(bits, changes, error, message):
+def test_state_that_does_not_fit(bits, changes, error, message, is_first):
+    """In a group with options, beside one without."""
     params = parameters(BF16)
-    optimizer = Adamax(params, state_bits=bits, weight_rounding="remainder")
+    groups = [{"params": params[: 1 + is_first]}, {"params": params[1 + is_first :]}]
+    groups[not is_first] |= {"state_bits": bits, "weight_rounding": "remainder"}
+    optimizer = Adamax(groups)
     train(optimizer, params, range(2))
     state = optimizer.state[params[1]]
     for key, value in changes.items():

@@ -89,6 +89,15 @@ def whole(tensor):
 # ---- Bits ---------------------------------------------------------------------------------------
 
 
+def require_same_as_alone(params, optimizer, alone, alone_optimizer):
+    for param, other in zip(params, alone, strict=True):
+        assert_same_bits(param, other, "parameter")
+        state, expected = optimizer.state[param], alone_optimizer.state[other]
+        assert list(state) == list(expected)
+        for key, tensor in expected.items():
+            assert_same_bits(whole(state[key]).reshape(tensor.shape), tensor, key)
+
+
 def as_one_process(placements, mesh_shape, shapes, dtype, bits, rounding):
     mesh = init_device_mesh("cpu", mesh_shape)
     params, optimizer = new(shapes, placements, dtype, bits, rounding, mesh)
@@ -96,12 +105,7 @@ def as_one_process(placements, mesh_shape, shapes, dtype, bits, rounding):
     for call in range(3):
         train(optimizer, params, [call])
         train(alone_optimizer, alone, [call])
-        for param, other in zip(params, alone, strict=True):
-            assert_same_bits(param, other, "parameter")
-            state, expected = optimizer.state[param], alone_optimizer.state[other]
-            assert list(state) == list(expected)
-            for key, tensor in expected.items():
-                assert_same_bits(whole(state[key]).reshape(tensor.shape), tensor, key)
+        require_same_as_alone(params, optimizer, alone, alone_optimizer)
 
 
 @some_storages
@@ -120,6 +124,23 @@ def test_parts_of_whole_blocks_equal_one_process(
     placements, mesh_shape, shapes, dtype, bits, rounding, two_ranks
 ):
     two_ranks(as_one_process, placements, mesh_shape, shapes, dtype, bits, rounding)
+
+
+def options_in_one_group(is_first):
+    runs = []
+    for placements in (ROWS, None):
+        params, _ = new([EVEN, EVEN], placements, BF16, 32, "nearest")
+        groups = [{"params": [param]} for param in params]
+        groups[not is_first] |= {"state_bits": 8, "weight_rounding": "stochastic"}
+        optimizer = Adamax(groups, **SETTINGS)
+        train(optimizer, params, range(3))
+        runs += params, optimizer
+    require_same_as_alone(*runs)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_options_of_one_group_are_not_those_of_another(is_first, two_ranks):
+    two_ranks(options_in_one_group, is_first)
 
 
 def each_part_by_itself(placements, dtype, bits, rounding):
