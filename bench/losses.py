@@ -1,4 +1,4 @@
-"""Final losses of two trainings, for each way of keeping weights and state, over five seeds.
+"""Final losses and times of trainings, for each way of keeping weights and state, over five seeds.
 
 Run as ``python bench/losses.py``, with torch and scikit-learn. The 8-bit optimizers of torchao and
 bitsandbytes take part where they are installed, beside torch's own with the same rule.
@@ -8,8 +8,10 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from adamax_ext.torch import Adamax
 from machine import default_name, machine, versions
 from rows import table
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
@@ -32,23 +34,60 @@ FIRST = "float32, state in 32 bits"
 Training = Callable[[Callable[[Any], Any], torch.dtype, int], float]
 
 
-def digits(make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int) -> float:
-    """Return the loss on all digits after 2,000 steps; the rate decays as a cosine."""
+def digits_and_model(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, nn.Module]:
     images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images / 16).to(dtype), torch.tensor(labels)
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 192), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 10)]
-    model = nn.Sequential(*layers).to(dtype)
+    return (
+        torch.tensor(images / 16).to(dtype),
+        torch.tensor(labels),
+        nn.Sequential(*layers).to(dtype),
+    )
+
+
+def train_batch(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> None:
+    nn.functional.cross_entropy(model(x).float(), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def digits(make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int) -> float:
+    """Return the loss on all digits after 2,000 steps; the rate decays as a cosine."""
+    x, y, model = digits_and_model(dtype, seed)
     optimizer = make_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
     for _ in range(2000):
         batch = torch.randint(len(x), (64,))
-        nn.functional.cross_entropy(model(x[batch]).float(), y[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_batch(model, optimizer, x[batch], y[batch])
         schedule.step()
     with torch.no_grad():
         return nn.functional.cross_entropy(model(x).float(), y).item()
+
+
+def time_to_accuracy(
+    make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int
+) -> dict[str, float]:
+    """Return steps, and their seconds, until 97 % of the digits held out are told rightly.
+
+    Those are every fifth. They are looked at after every 25 steps, which is not timed; NaN if it
+    takes more than 5,000.
+    """
+    x, y, model = digits_and_model(dtype, seed)
+    optimizer = make_optimizer(model.parameters())
+    is_held_out = torch.arange(len(x)) % 5 == 0
+    shown = is_held_out.logical_not().nonzero()[:, 0]
+    seconds = 0.0
+    for steps in range(25, 5001, 25):
+        batches = shown[torch.randint(len(shown), (25, 64))]
+        start = time.perf_counter()
+        for batch in batches:
+            train_batch(model, optimizer, x[batch], y[batch])
+        seconds += time.perf_counter() - start
+        with torch.no_grad():
+            is_right = model(x[is_held_out]).argmax(1) == y[is_held_out]
+        if is_right.float().mean() >= 0.97:
+            return {"steps": steps, "seconds": seconds}
+    return {"steps": math.nan, "seconds": math.nan}
 
 
 def transformer(make_optimizer: Callable[[Any], Any], dtype: torch.dtype, seed: int) -> float:
@@ -84,7 +123,7 @@ def contestants() -> dict[str, tuple[torch.dtype, Callable[..., Any]]]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """Return a table: mean and standard deviation, and how far from the first of the same rule."""
+    """Return a table: means, how far from the first of the same rule, and medians of times."""
     lines = []
     for name in results["losses"]["digits"]:
         line = [name]
@@ -95,10 +134,14 @@ def report(results: dict[str, Any]) -> str:
                 f"{statistics.mean(losses[name]):.5f} ({statistics.stdev(losses[name]):.5f})"
             )
             line.append(f"{difference / statistics.stdev(first):+.2f}")
+        times = results["times"][name]
+        for key, form in (("steps", ".0f"), ("seconds", ".2f")):
+            line.append(format(statistics.median(one[key] for one in times), form))
         lines.append(line)
     header = ["weights and state"]
     for training in results["losses"]:
         header += [f"{training}: final loss (std)", "from float32, in std"]
+    header += ["steps to 97 % of digits", "seconds"]
     return table(header, lines)
 
 
@@ -120,10 +163,14 @@ def main() -> None:
         for name, (dtype, make) in contestants().items():
             losses[name] = [train(partial(make, lr=rate), dtype, seed) for seed in SEEDS]
             print(f"{training}, {name}: {losses[name]}", flush=True)
+    results["times"] = {name: [] for name in contestants()}
+    for seed in SEEDS:  # in turns, as the speed of a machine drifts
+        for name, (dtype, make) in contestants().items():
+            results["times"][name].append(time_to_accuracy(partial(make, lr=2e-3), dtype, seed))
     path = options.out / default_name("losses")
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(
-        f"# Final losses, {results['seeds']} seeds\n\n{report(results)}"
+        f"# Final losses and times of training, {results['seeds']} seeds\n\n{report(results)}"
     )
     print(report(results))
 
