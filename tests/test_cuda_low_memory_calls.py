@@ -60,7 +60,9 @@ class Training:
         return [
             group_of(
                 **group,
-                **{"step": step, "maximize": maximize, "seed": k + 2**40},
+                step=step,
+                maximize=maximize,
+                seed=k + 2**40,
                 ema_momentum=EMA_MOMENTUM,
                 **{name: arrays[k] for name, arrays in device.items()},
             )

@@ -24,7 +24,7 @@ from support.keras_low_memory import (
 )
 from support.keras_pairs import Adamax, Theirs, keras
 from support.keras_torch import torch
-from support.low_memory import every_option
+from support.low_memory import every_option, set_to
 
 pytest.importorskip("h5py", reason="Keras' files need h5py")
 
@@ -146,15 +146,6 @@ def test_axes_of_length_1_and_0(shape, order, bits):
         require_equal(list(store.values())[2:], list(expected.values())[2:])
         ours.load_own_variables(store)
         numpys.load_own_variables(expected)
-
-
-def set_to(value):
-    def changed(array):
-        array = np.array(array)
-        array.flat[-1] = value
-        return array
-
-    return changed
 
 
 # Of 6 variables: calls, rate, first moment and norm of each, then the weights that have remainders.

@@ -156,11 +156,8 @@ def test_steps_are_off_by_a_share(bits, beta_1, share):
     """Of float32's, as the README says: rms, of noise whose scales differ by element."""
     rng = np.random.default_rng(9)
     scales = np.exp(1.5 * rng.standard_normal(4096))
-    states, errors, steps = (
-        (fresh(4096, bits), {"m": np.zeros(4096, F), "u": np.zeros(4096, F)}),
-        0,
-        0,
-    )
+    states = fresh(4096, bits), {"m": np.zeros(4096, F), "u": np.zeros(4096, F)}
+    errors = steps = 0
     for step in range(1, 1001):
         g = (scales * rng.standard_normal(4096)).astype(F)
         stepped = np.zeros((2, 4096), F)

@@ -10,7 +10,7 @@ from data.saving_cases import DATA, refused, trained_for_golden
 from safetensors import safe_open
 from support import reference_lowmem as program
 from support.bits import dtype_of, is_testable, memory_order, spread, widened
-from support.low_memory import assert_same, every_option, needs_bfloat16
+from support.low_memory import assert_same, every_option, needs_bfloat16, set_to
 
 SHAPES = {
     "kernel": ("float32", (70, 60), "F"),
@@ -226,11 +226,6 @@ def negative(array):
     return array
 
 
-def not_finite(array):
-    array.flat[0] = np.inf
-    return array
-
-
 LOW = {"state_bits": 8, "weight_rounding": "stochastic"}
 MISFITS = [
     (LOW, change("state_bits", 16), r"state_bits of the state_dict is 16, .*8.*convert_state\("),
@@ -261,7 +256,7 @@ MISFITS = [
     ),
     (
         LOW,
-        change_array("kernel", "norm_scale", not_finite),
+        change_array("kernel", "norm_scale", set_to(np.inf)),
         "norm_scale of 'kernel' must be finite",
     ),
     (LOW, lambda saved: saved["state"]["kernel"].pop("norm_scale"), "state of 'kernel' must have"),
@@ -445,14 +440,6 @@ def test_conversion_refuses(edit, arguments, error, message):
         convert_state(saved, **{"state_bits": 16, **arguments})
 
 
-def set_to(value):
-    def changed(array):
-        array.flat[-1] = value
-        return array
-
-    return changed
-
-
 @pytest.mark.parametrize("target", [32, 16, 8])
 @pytest.mark.parametrize(
     ("source", "key", "edit", "message"),
@@ -461,9 +448,9 @@ def set_to(value):
         (8, "bias/norm", set_to(-2), "must not be below zero; received -2"),
         (16, "kernel/norm", negative, "must not be below zero; received -1"),
         (16, "kernel/norm_scale", negative, "must not be below zero; received -1"),
-        (16, "kernel/norm_scale", not_finite, "must be finite; received inf"),
+        (16, "kernel/norm_scale", set_to(np.inf), "must be finite; received inf"),
         (8, "kernel/norm_scale", negative, "must not be below zero; received -1"),
-        (8, "kernel/norm_scale", not_finite, "must be finite; received inf"),
+        (8, "kernel/norm_scale", set_to(np.inf), "must be finite; received inf"),
         (8, "kernel/norm_scale", set_to(np.nan), "must be finite; received nan"),
         (8, "kernel/norm_scale", lambda a: a[1:], r"must have shape \(17,\) and"),
         (8, "kernel/norm_scale", np.float64, "must have .* float32; received .* float64"),

@@ -1,5 +1,6 @@
 """torch: state in 16 and 8 bits, rounding of bfloat16 weights, bit for bit like the program."""
 
+import collections
 import copy
 import itertools
 import math
@@ -37,6 +38,7 @@ from support.torch_runs import (
     train,
 )
 
+OPTIONS = ("state_bits", "weight_rounding", "seed")
 every_storage = pytest.mark.parametrize(("dtype", "bits", "rounding"), STORAGES)
 # A short last block, the least that is in 8 bits and one less, several, no axis, nothing.
 SHAPES = [(61, 83), (4096,), (45, 91), (3, 5), (), (0,)]
@@ -661,6 +663,75 @@ def test_float16_is_rounded_to_nearest_alone(rounding):
         assert_same(one, other)
 
 
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations([32, 16, 8], 2)))
+def test_bits_of_state_do_not_change_without_the_state(before, after):
+    params = parameters(F32, [(4500,)])
+    optimizer = Adamax(params, state_bits=before)
+    train(optimizer, params, range(2))
+    kept = Snapshot(optimizer)
+    optimizer.param_groups[0]["state_bits"] = after
+    message = rf"state_bits of param_groups\[0\] .* in {before} bits; received {after}"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    kept.require_unchanged()
+    optimizer.param_groups[0]["state_bits"] = before
+    optimizer.step()
+
+
+def test_options_are_kept_as_numbers_that_any_file_can_hold():
+    params = parameters(BF16, [(4500,)])
+    optimizer = Adamax(params, state_bits=np.int64(8), seed=np.uint64(3))
+    optimizer.add_param_group({"params": parameters(BF16, [(4600,)]), "seed": np.int8(4)})
+    through_a_file(optimizer.state_dict())
+    assert [type(group[key]) for group in optimizer.param_groups for key in OPTIONS] == 2 * [
+        int,
+        str,
+        int,
+    ]
+
+
+@pytest.mark.parametrize("seed", [1.0, True])
+def test_a_seed_is_an_integer_also_where_it_equals_one(seed):
+    params = parameters(BF16, [(4500,)])
+    optimizer = Adamax(params, weight_rounding="stochastic", seed=1)
+    train(optimizer, params, range(1))
+    optimizer.param_groups[0]["seed"] = seed
+    with pytest.raises(ValueError, match=f"seed must be an integer >= 0; received {seed}"):
+        optimizer.step()
+
+
+def test_groups_that_change_while_they_are_read():
+    """A step is one of the groups that there are when it begins, whatever a tensor does."""
+
+    class Rebuilds(torch.nn.Parameter):
+        @property
+        def grad(self):
+            groups = list(optimizer.param_groups)
+            optimizer.param_groups.clear()
+            optimizer.param_groups.extend([bytearray(100) for _ in range(5000)])
+            optimizer.param_groups[:] = groups
+            return torch.ones(4)
+
+    params = [Rebuilds(torch.zeros(4)), *parameters(F32, [(4,)] * 20)]
+    optimizer = Adamax([{"params": [param]} for param in params])
+    feed(params[1:], gradients(0, params[1:]))
+    optimizer.step()
+    optimizer.param_groups = tuple(optimizer.param_groups[1:])  # which torch's class takes, too
+    optimizer.step()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [1] + 20 * [2]
+
+
+@pytest.mark.parametrize("kept", [collections.UserDict(step=torch.ones(())), [1], 0])
+def test_state_that_is_no_dict_is_refused(kept):
+    params = parameters(F32, [(4,), (5,)])
+    optimizer = Adamax(params)
+    train(optimizer, params, range(1))
+    optimizer.state[params[1]] = kept
+    with pytest.raises(TypeError, match="the state of a parameter must be a dict; received <class"):
+        optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
 def test_a_parameter_that_became_another_one_before_its_first_step():
     params = parameters(F32)
     optimizer = Adamax(params, state_bits=16)
@@ -734,6 +805,8 @@ BROKEN = [
         TypeError,
         r"remainder\[1\] has dtype float32; expected in",
     ),
+    (8, {"remainder": "none"}, RuntimeError, "remainder of a state must be a tensor; received 'no"),
+    (16, {"exp_inf_scale": 1.0}, RuntimeError, "exp_inf_scale of a state must be a tensor; rec"),
 ]
 
 

@@ -2,6 +2,7 @@
 #include "bindings/collect.hpp"
 
 #include <algorithm>
+#include <string>
 
 namespace adamax::bindings {
 namespace {
@@ -41,18 +42,12 @@ class Walk {
   py::object next_param_, next_state_;
 };
 
-bool contains(py::handle group, py::handle key) {
-  const int found = PySequence_Contains(group.ptr(), key.ptr());
-  if (found < 0) throw py::error_already_set();
-  return found == 1;
-}
-
 }  // namespace
 
-Collected collect(const py::list& groups, const py::dict& states, const py::tuple& keys,
+Collected collect(const py::tuple& groups, const py::dict& states, const py::tuple& keys,
                   const py::tuple& optional_keys, const py::tuple& options,
                   const py::tuple& plain_types) {
-  const py::str params_key("params"), attribute("grad");
+  const py::str attribute("grad");
   Collected collected;
   Walk walk(states);
   std::size_t count = 0, number = 0;
@@ -61,15 +56,13 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
   const auto append = [&](py::handle array) {
     arrays.push_back(py::reinterpret_borrow<py::object>(array));
   };
-  for (const py::handle group : groups) {
+  for (const py::handle item : groups) {
+    const auto group = py::cast<py::dict>(item);
     const std::size_t before = count;
-    const bool has_options = std::any_of(
-        options.begin(), options.end(), [&](py::handle option) { return contains(group, option); });
+    const bool has_options = std::any_of(options.begin(), options.end(),
+                                         [&](py::handle option) { return group.contains(option); });
     if (has_options) collected.with_options.push_back(collected.sizes.size());
-    const auto params =
-        py::reinterpret_steal<py::object>(PyObject_GetItem(group.ptr(), params_key.ptr()));
-    if (!params) throw py::error_already_set();
-    for (const py::handle param : py::tuple(params)) {
+    for (const py::handle param : py::tuple(group["params"])) {
       const auto grad =
           py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), attribute.ptr()));
       if (!grad) throw py::error_already_set();
@@ -82,7 +75,11 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       const auto type = py::type::handle_of(param);
       const bool is_plain = std::any_of(plain_types.begin(), plain_types.end(),
                                         [&](py::handle plain) { return plain.is(type); });
-      const bool is_known = state && PyDict_Check(state.ptr()) && PyDict_GET_SIZE(state.ptr()) > 0;
+      if (state && !state.is_none() && !py::isinstance<py::dict>(state)) {
+        throw py::type_error("the state of a parameter must be a dict; received " +
+                             py::cast<std::string>(repr(py::type::of(state))));
+      }
+      const bool is_known = state && !state.is_none() && PyDict_GET_SIZE(state.ptr()) > 0;
       if (!is_plain || !is_known) collected.to_inspect.push_back(count);
       append(param);
       append(grad);
@@ -102,14 +99,14 @@ Collected collect(const py::list& groups, const py::dict& states, const py::tupl
       // Mostly there is nothing else, and nothing is looked for.
       const bool has_more = is_known && PyDict_GET_SIZE(state.ptr()) > PyTuple_GET_SIZE(keys.ptr());
       if (has_options || has_more) {
-        py::list more;
+        py::list extras;
         for (const py::handle key : optional_keys) {
           PyObject* const array = has_more ? state_at(key) : nullptr;
-          more.append(array != nullptr ? py::handle(array) : py::none());
+          extras.append(array != nullptr ? py::handle(array) : py::none());
         }
-        more.append(number);
-        more.append(0);  // no part: it begins with its first element
-        arrays.push_back(py::tuple(more));
+        extras.append(has_options ? py::object(py::int_(number)) : py::none());
+        extras.append(0);  // no part: it begins with its first element
+        arrays.push_back(py::tuple(extras));
       } else {
         append(Py_None);
       }

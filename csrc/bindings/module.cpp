@@ -119,7 +119,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
   m.def(
       "collect",
-      [](const py::list& groups, const py::dict& states, const py::tuple& keys,
+      [](const py::tuple& groups, const py::dict& states, const py::tuple& keys,
          const py::tuple& optional_keys, const py::tuple& options, const py::tuple& plain_types) {
         const Collected collected =
             collect(groups, states, keys, optional_keys, options, plain_types);

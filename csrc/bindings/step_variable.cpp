@@ -27,14 +27,14 @@ py::handle entry(const py::tuple& arrays, std::size_t i, Role role) {
   return PyTuple_GET_ITEM(arrays.ptr(), static_cast<py::ssize_t>(kWidth * i + role));
 }
 
-void require_options(const py::tuple& arrays, std::size_t i) {
-  constexpr int kCount = kNumRoles - kOptions;
-  const auto options = py::reinterpret_borrow<py::object>(entry(arrays, i, kOptions));
-  if (options.is_none()) return;
-  if (py::isinstance<py::tuple>(options) && py::len(options) == kCount) return;
-  throw py::value_error(Label{"options", static_cast<py::ssize_t>(i)}.text() +
+void require_extras(const py::tuple& arrays, std::size_t i) {
+  constexpr int kCount = kNumRoles - kExtras;
+  const py::handle extras = entry(arrays, i, kExtras);
+  if (extras.is_none()) return;
+  if (py::isinstance<py::tuple>(extras) && py::len(extras) == kCount) return;
+  throw py::value_error(Label{"extras", static_cast<py::ssize_t>(i)}.text() +
                         " must be None or a tuple of " + std::to_string(kCount) + "; received " +
-                        py::cast<std::string>(repr(options)));
+                        py::cast<std::string>(repr(extras)));
 }
 
 }  // namespace
@@ -44,9 +44,9 @@ Label label(Role role, std::size_t i) {
 }
 
 py::handle item(const py::tuple& arrays, std::size_t i, Role role) {
-  if (role < kOptions) return entry(arrays, i, role);
-  const py::handle options = entry(arrays, i, kOptions);
-  return options.is_none() ? options : PyTuple_GET_ITEM(options.ptr(), role - kOptions);
+  if (role < kExtras) return entry(arrays, i, role);
+  const py::handle extras = entry(arrays, i, kExtras);
+  return extras.is_none() ? extras : PyTuple_GET_ITEM(extras.ptr(), role - kExtras);
 }
 
 ScalarType scalar_type(const Buffer& number, const Label& label) {
@@ -107,7 +107,7 @@ void StepVariable::write_count() const {
 
 bool StepVariable::import(const py::tuple& arrays, std::size_t i, WeightRounding rounding,
                           Leases& leases, std::map<int, Streams>& streams) {
-  require_options(arrays, i);
+  require_extras(arrays, i);
   Buffer param, buffer;
   const auto note = [&](const Buffer& seen) {
     if (seen.device != kHost) streams[seen.device].add(seen);

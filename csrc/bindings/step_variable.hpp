@@ -23,14 +23,14 @@ enum Role {
   kMomentum,
   kNorm,
   kSteps,
-  kOptions,
-  kNormScale = kOptions,
+  kExtras,
+  kNormScale = kExtras,
   kRemainder,
   kNumber,
   kFirstElement,
   kNumRoles,
 };
-constexpr int kWidth = kOptions + 1;  // entries of a variable among the arrays of all
+constexpr int kWidth = kExtras + 1;  // entries of a variable among the arrays of all
 
 // As messages name them, in the words of torch.
 Label label(Role role, std::size_t i);

@@ -74,6 +74,18 @@ bool takes_device_scalars(std::span<const Group> groups, const Call& call) {
          });
 }
 
+// Calls `check` on a group of a call, with its number in what is thrown if there are several.
+template <class Check>
+void check_in_group(std::size_t number, std::span<const Group> groups, const Check& check) {
+  try {
+    check(groups[number]);
+  } catch (const std::invalid_argument& error) {
+    if (groups.size() == 1) throw;
+    throw std::invalid_argument(error.what() + std::string(" (in groups[") +
+                                std::to_string(number) + "])");
+  }
+}
+
 // The scalars of all groups, or their base scalars where nothing here may follow from rate and
 // step. Throws std::invalid_argument, with the group's number if there are several.
 std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call, bool only_base) {
@@ -81,12 +93,12 @@ std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call,
   scalars.reserve(groups.size());
   const Group* before = nullptr;
   double bias = 0.0;  // of the group before
-  for (const Group& group : groups) {
-    try {
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    check_in_group(i, groups, [&](const Group& group) {
       check_group(group, call);
       if (only_base) {
         scalars.push_back(make_base_scalars(group, call));
-        continue;
+        return;
       }
       // Groups mostly differ in something else, and the power is the dearest of their scalars.
       if (before == nullptr || group.beta_1 != before->beta_1 || group.step != before->step) {
@@ -94,11 +106,7 @@ std::vector<Scalars> scalars_of(std::span<const Group> groups, const Call& call,
       }
       scalars.push_back(make_scalars(group, call, bias));
       before = &group;
-    } catch (const std::invalid_argument& error) {
-      if (groups.size() == 1) throw;
-      throw std::invalid_argument(error.what() + std::string(" (in groups[") +
-                                  std::to_string(scalars.size()) + "])");
-    }
+    });
   }
   return scalars;
 }
@@ -163,12 +171,14 @@ Program make_program(std::span<const Variable> variables, std::span<const Group>
     if (operation == Operation::kNone) continue;
     if (compute_dtype(storage.param) == DType::kFloat32 && operation != Operation::kAverage &&
         v.group != fits_float32) {
-      require_float32(program.groups[v.group], groups[v.group], call);
+      check_in_group(v.group, groups, [&](const Group& group) {
+        require_float32(program.groups[v.group], group, call);
+      });
       fits_float32 = v.group;
     }
     if (storage.state == StateFormat::k8Bits && operation == Operation::kUpdate &&
         v.group != fits_8_bits) {
-      require_8_bits(groups[v.group]);
+      check_in_group(v.group, groups, require_8_bits);
       fits_8_bits = v.group;
     }
     program.has_16_bits |= storage.state == StateFormat::k16Bits && operation == Operation::kUpdate;

@@ -83,9 +83,8 @@ class Stepper:
     def __init__(self) -> None: ...
     def step(
         self,
-        arrays: tuple[
-            Any, ...
-        ],  # for each variable: see the roles of csrc/bindings/step_variable.hpp
+        # For each variable: see the roles of csrc/bindings/step_variable.hpp.
+        arrays: tuple[Any, ...],
         *,
         sizes: Sequence[int],  # variables of each group
         groups: Sequence[StepGroup],
@@ -95,16 +94,15 @@ class Stepper:
     ) -> list[int]: ...  # the variables that no kernel takes as they are; then nothing is done
 
 def collect(
-    groups: list[dict[str, Any]],
+    groups: tuple[dict[str, Any], ...],
     states: dict[Any, Any],
     *,
     keys: tuple[str, ...],
     optional_keys: tuple[str, ...],
     options: tuple[str, ...],
     plain_types: tuple[type, ...],
-) -> tuple[
-    list[Any], list[int], list[int], list[int]
-]: ...  # arrays and sizes for step(), variables to inspect, groups with options
+    # Arrays and sizes for step(), variables to inspect, groups with options.
+) -> tuple[list[Any], list[int], list[int], list[int]]: ...
 def update(
     param: Any,
     grad: Any,

@@ -78,8 +78,10 @@ def _converted(
     state_bits: int,
     epsilon: float,
 ) -> low_state.HostKinds:
-    if not kinds.keys() >= {"momentum", "norm"}:
-        raise ValueError(f"state of '{name}' must have momentum and norm; received {sorted(kinds)}")
+    if not kinds.keys() >= set(low_state.STATE):
+        raise ValueError(
+            f"state of '{name}' must have momentum and norm; received {sorted(map(str, kinds))}"
+        )
     dtype, size = kinds["momentum"].dtype, kinds["norm"].size
     if state_bits < 32 and dtype == np.float64:
         raise TypeError(
@@ -105,7 +107,7 @@ def _require_bits(name: str, kinds: low_state.HostKinds, bits: int) -> None:
     norm, is_double = kinds["norm"], kinds["momentum"].dtype == np.float64
     dtypes = low_state.DTYPES.get(bits, ("float64" if is_double else "float32",) * 2)
     expected = {kind: array for kind, array in kinds.items() if kind != "norm_scale"}
-    for kind, dtype in zip(("momentum", "norm"), map(arrays.host_dtype, dtypes), strict=True):
+    for kind, dtype in zip(low_state.STATE, map(arrays.host_dtype, dtypes), strict=True):
         expected[kind] = np.broadcast_to(np.zeros((), dtype), norm.shape)
     if bits < 32:
         expected["norm_scale"] = np.zeros(low_state.number_of_scales(bits, norm.size), np.float32)

@@ -14,8 +14,9 @@ ROUNDINGS = ("nearest", "stochastic", "remainder")
 BLOCK = 256  # elements that share a scale in 8 bits
 DEFAULTS = {"state_bits": 32, "weight_rounding": "nearest", "seed": 0}
 _SMALLEST = 4096  # fewer elements keep float32 state where others have 8 bits
-_STATE = ("momentum", "norm")
-DTYPES = {16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}
+STATE = ("momentum", "norm")
+DTYPES = {16: ("bfloat16", "bfloat16"), 8: ("int8", "uint8")}  # of STATE, by their bits
+FIRST_SCALES = {16: 1.0, 8: 0.0}  # of norms, before the first step
 
 # Arrays of one variable by kind.
 Kinds: TypeAlias = dict[str, arrays.Array]
@@ -80,7 +81,7 @@ def makers(
         )
     size = math.prod(shape)
     bits = bits_of(state_bits, size)
-    dtypes: dict[str, str | None] = dict(zip(_STATE, DTYPES.get(bits, (None, None)), strict=True))
+    dtypes: dict[str, str | None] = dict(zip(STATE, DTYPES.get(bits, (None, None)), strict=True))
     if weight_rounding == "remainder" and of_weights == "bfloat16":
         dtypes["remainder"] = "int16"
     made: dict[str, Callable[[], arrays.Array]] = {
@@ -88,7 +89,7 @@ def makers(
         for kind, dtype in dtypes.items()
     }
     if bits < 32:
-        count, first = number_of_scales(bits, size), float(bits == 16)
+        count, first = number_of_scales(bits, size), FIRST_SCALES[bits]
         made["norm_scale"] = partial(arrays.scales_for, variable, "variables", index, count, first)
     return made
 
@@ -100,7 +101,7 @@ def number_of_scales(bits: int, size: int) -> int:
 
 def decoded(kept: HostKinds, epsilon: float) -> HostKinds:
     """Return momentum and norm in float32; all arrays are in the memory order of their variable."""
-    state = {kind: np.empty_like(kept[kind], np.float32) for kind in _STATE}
+    state = {kind: np.empty_like(kept[kind], np.float32) for kind in STATE}
     _core.decode_state(
         kept["momentum"],
         kept["norm"],
@@ -116,7 +117,7 @@ def encoded(state: HostKinds, bits: int, epsilon: float) -> HostKinds:
     """Return float32 state in 16 or 8 bits, to nearest; as `decoded` about memory order."""
     kept = {
         kind: np.empty_like(state[kind], arrays.host_dtype(dtype))
-        for kind, dtype in zip(_STATE, DTYPES[bits], strict=True)
+        for kind, dtype in zip(STATE, DTYPES[bits], strict=True)
     }
     kept["norm_scale"] = np.empty(number_of_scales(bits, state["norm"].size), np.float32)
     _core.encode_state(state["momentum"], state["norm"], epsilon, **kept)
@@ -125,7 +126,7 @@ def encoded(state: HostKinds, bits: int, epsilon: float) -> HostKinds:
 
 def in_memory_order(kept: HostKinds, order: Sequence[int]) -> HostKinds:
     """Return it with momentum and norm as they lie in memory where that is their order of axes."""
-    return kept | {kind: arrays.in_memory_order(kept[kind], order) for kind in _STATE}
+    return kept | {kind: arrays.in_memory_order(kept[kind], order) for kind in STATE}
 
 
 def reordered(kept: HostKinds, before: Sequence[int], after: Sequence[int]) -> HostKinds:

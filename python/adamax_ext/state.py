@@ -81,9 +81,9 @@ class State:
         """Return momentum and norm of a variable: live, or copies if they are in fewer bits."""
         kept = self.kept[i]
         if "norm_scale" not in kept:
-            return {kind: kept[kind] for kind in ("momentum", "norm")}
+            return {kind: kept[kind] for kind in low_state.STATE}
         return low_state.decoded(
-            {kind: arrays.as_stored(kept[kind]) for kind in ("momentum", "norm", "norm_scale")},
+            {kind: arrays.as_stored(kept[kind]) for kind in (*low_state.STATE, "norm_scale")},
             epsilon,
         )
 

@@ -259,3 +259,14 @@ class LowMemoryReference(MixedReference):
         if dtype.name == "bfloat16":
             return {**kept, "remainder": weight.low, "weights": weight.half.view(dtype)}
         return {**kept, "weights": rounded(self.variables[i], dtype)}
+
+
+def set_to(value):
+    """Return what returns an array with another last element."""
+
+    def changed(array):
+        array = np.array(array)
+        array.flat[-1] = value
+        return array
+
+    return changed

@@ -12,14 +12,17 @@ import torch
 from adamax_ext import _core, _settings, arrays, checkpoint, low_state
 
 Strides: TypeAlias = tuple[int, ...]
-_STATE = ("momentum", "norm")
 _INTEGERS = ("int8", "uint8", "int16")
 
 
 def dtype_of(kind: str | None, shape: Sequence[int], state_bits: int) -> str | None:
     """Return the dtype of such state of a variable of that shape; None if it is Keras' own."""
     bits = low_state.bits_of(state_bits, math.prod(shape))
-    return low_state.DTYPES[bits][_STATE.index(kind)] if bits < 32 and kind in _STATE else None
+    return (
+        low_state.DTYPES[bits][low_state.STATE.index(kind)]
+        if bits < 32 and kind in low_state.STATE
+        else None
+    )
 
 
 def require_storable(variables: Sequence[Any], state_bits: int, weight_rounding: str) -> None:
@@ -83,10 +86,10 @@ class Stored:
         number_of: dict[int, Any] = {}
         for kept in self._kept(optimizer):
             if kept.norm_scale is not None:
-                codes = {kind: _host(getattr(kept, kind), kept.strides) for kind in _STATE}
+                codes = {kind: _host(getattr(kept, kind), kept.strides) for kind in low_state.STATE}
                 codes["norm_scale"] = _host(kept.norm_scale, (1,))
                 decoded = low_state.decoded(codes, self.epsilon)
-                number_of |= {id(getattr(kept, kind)): decoded[kind] for kind in _STATE}
+                number_of |= {id(getattr(kept, kind)): decoded[kind] for kind in low_state.STATE}
             if kept.remainder is not None:
                 halves, low = (_host(v, kept.strides) for v in (kept.weight, kept.remainder))
                 joined = number_of[id(kept.weight)] = np.empty_like(low, np.float32)
@@ -125,7 +128,7 @@ class Stored:
             if kept.norm_scale is not None:
                 state = {
                     kind: _ordered(number_of.pop(id(getattr(kept, kind))), kept.strides)
-                    for kind in _STATE
+                    for kind in low_state.STATE
                 }
                 codes = low_state.encoded(state, optimizer.state_bits, self.epsilon)
                 bits += [(getattr(kept, kind), array) for kind, array in codes.items()]
@@ -178,7 +181,7 @@ def _new_scale(optimizer: Any, weight: Any, norm: Any) -> Any:
     if bits is None:
         return None
     shape = (low_state.number_of_scales(bits, math.prod(norm.shape)),)
-    initializer = "ones" if bits == 16 else "zeros"
+    initializer = keras.initializers.Constant(low_state.FIRST_SCALES[bits])
     return optimizer.add_stored(weight, "norm_scale", "float32", shape, initializer)
 
 

@@ -133,9 +133,9 @@ class Adamax(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        storage.complete(group)
         try:
-            storage.require_valid(group, len(self.param_groups) - 1)
+            storage.complete(group)
+            storage.require_valid(group, len(self.param_groups) - 1, self.state)
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -277,7 +277,7 @@ class Adamax(torch.optim.Optimizer):
                     f"{own_bits}; expected the same, as state in other bits is not converted"
                 )
             groups.append({**options, **saved})
-            storage.require_valid({**groups[-1], "params": own["params"]}, i)
+            storage.require_valid({**groups[-1], "params": own["params"]}, i, {})
             has_remainder = saved.get("weight_rounding") == "remainder"
             for param, name in zip(own["params"], saved["params"], strict=False):
                 state = given["state"].get(name)

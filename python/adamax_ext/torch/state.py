@@ -34,12 +34,10 @@ def _new(key: str, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> 
     if key != "exp_inf_scale":
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     bits = storage.state_bits(param, group)
-    if bits == 16:
-        return torch.ones(1, dtype=dtype, device=param.device)  # the same on all ranks
-    if is_distributed(param):
+    if bits == 8 and is_distributed(param):  # in 16 bits it is the same on all ranks
         return parts_of(param).new_scales(param.device, dtype)
-    count = low_state.number_of_scales(bits, param.numel())
-    return torch.zeros(count, dtype=dtype, device=param.device)
+    shape, first = (low_state.number_of_scales(bits, param.numel()),), low_state.FIRST_SCALES[bits]
+    return torch.full(shape, first, dtype=dtype, device=param.device)
 
 
 def loaded_state(

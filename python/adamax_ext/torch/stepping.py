@@ -49,17 +49,11 @@ class Settings(NamedTuple):
     groups: list[_core.StepGroup]
     learning_rates: list[Tensor | None]  # that a GPU is to read; empty if there are none
     loss_scale: LossScale
-    with_options: list[int]  # groups that have options of storage
 
     def of(self, i: int) -> "Settings":
         """Return those of one group."""
         one = slice(i, i + 1)
-        return Settings(
-            self.groups[one],
-            self.learning_rates[one],
-            self.loss_scale,
-            [0] if i in self.with_options else [],
-        )
+        return self._replace(groups=self.groups[one], learning_rates=self.learning_rates[one])
 
 
 class Stepping:
@@ -79,35 +73,36 @@ class Stepping:
         loss_scale: LossScale,
     ) -> None:
         """Do one step, or raise an exception that says why nothing was done."""
+        groups = tuple(param_groups)  # which nobody changes while tensors are asked what they are
         arrays, sizes, to_inspect, with_options = _core.collect(
-            param_groups,
+            groups,
             states,
             keys=KEYS,
             optional_keys=OPTIONAL_KEYS,
             options=tuple(storage.DEFAULTS),
             plain_types=(Parameter, Tensor),
         )
-        settings = self._settings_of(param_groups, with_options, loss_scale)
+        settings = self._settings_of(groups, with_options, states, loss_scale)
         ends = list(accumulate(sizes))
         new_states: dict[Tensor, dict[str, Tensor]] = {}
         wrappers: list[Tensor] = []  # of local parts that are written
         for i in to_inspect:
-            variable, group_index = Variable.at(arrays, i), bisect_right(ends, i)
+            variable = Variable.at(arrays, i)
             param = variable.param
             if variable.exp_avg is None:
                 if param not in new_states:
-                    new_states[param] = new_state(param, param_groups[group_index])
+                    new_states[param] = new_state(param, groups[bisect_right(ends, i)])
                 variable = variable._replace(**new_states[param])
             if is_distributed(param):
                 wrappers.append(param)
                 variable = placed(variable, i)
-                if group_index in with_options:
+                if variable.number is not None:
                     variable = variable._replace(first_element=parts_of(param).first_element)
                 if param in states:  # moments that were loaded for another placement stay here
                     states[param].update(variable.state)
                 variable = local(variable)
             variable.put(arrays, i)
-        for group, size, end in zip(param_groups, sizes, ends, strict=True):
+        for group, size, end in zip(groups, sizes, ends, strict=True):
             if group["capturable"]:
                 _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
         states.update(new_states)
@@ -135,15 +130,13 @@ class Stepping:
         """Do one step where the native one does not take some variables as they are."""
         writes_gradients = settings.loss_scale.grad_scale is not None
         gathered: dict[int, Gathered] = {}
-        ends = list(accumulate(sizes))
         taken = list(arrays)
         for is_strict in (False, True):  # what overlaps is found when all is dense
             for i in unfit:
                 variable = Variable.at(arrays, i)
                 variable = variable._replace(grad=ready(variable.grad))  # that a collective gives
                 variable.put(arrays, i)
-                is_plain = bisect_right(ends, i) not in settings.with_options
-                gathered[i] = Gathered(variable, self.name, writes_gradients, is_plain)
+                gathered[i] = Gathered(variable, self.name, writes_gradients)
                 gathered[i].variable.put(taken, i)
             if share_memory(arrays, gathered):
                 self._step_in_turn(arrays, sizes, settings)
@@ -181,7 +174,7 @@ class Stepping:
         self, arrays: list[Any], sizes: list[int], settings: Settings, is_strict: bool
     ) -> list[int]:
         return self._stepper.step(
-            tuple(arrays),
+            tuple(arrays),  # a list could lose entries while tensors are asked for their memory
             sizes=sizes,
             groups=settings.groups,
             learning_rates=settings.learning_rates,
@@ -191,19 +184,21 @@ class Stepping:
 
     def _settings_of(
         self,
-        param_groups: list[dict[str, Any]],
+        groups: tuple[dict[str, Any], ...],
         with_options: list[int],
+        states: dict[Tensor, dict[str, Tensor]],
         loss_scale: LossScale,
     ) -> Settings:
-        count = len(param_groups)
+        count = len(groups)
         if len(self._groups) != count:
-            self._settings, self._groups = [()] * count, [_core.StepGroup() for _ in range(count)]
+            self._settings = [()] * count
+            self._groups = [_core.StepGroup() for _ in range(count)]
         rates: list[Tensor | None] = [None] * count
         has_rates = False
         options: list[Any] = [None] * count
         for i in with_options:
-            options[i] = storage.options(param_groups[i])
-        for i, group in enumerate(param_groups):
+            options[i] = storage.options(groups[i])
+        for i, group in enumerate(groups):
             lr = group["lr"]
             if group["capturable"] and isinstance(lr, Tensor) and lr.is_cuda:
                 is_known = lr.dtype in (torch.float32, torch.float64)
@@ -223,11 +218,11 @@ class Stepping:
                 options[i],
             )
             if settings != self._settings[i]:
-                if options[i] not in (None, *self._settings[i][-1:]):
-                    storage.require_valid(group, i)
+                if settings[-1:] != self._settings[i][-1:]:
+                    storage.require_valid(group, i, states)
                 self._groups[i] = _native_group(*settings)
                 self._settings[i] = settings
-        return Settings(self._groups, rates if has_rates else [], loss_scale, with_options)
+        return Settings(self._groups, rates if has_rates else [], loss_scale)
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:

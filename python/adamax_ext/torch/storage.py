@@ -1,5 +1,6 @@
 """In what the options of a group keep its state, and the float32 weights of bfloat16 parameters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,32 +22,49 @@ _WIDER = {
 }
 
 
+def options(group: dict[str, Any]) -> tuple[int, str, int]:
+    """Return the options of a group in their order; ValueError for one that is out of range."""
+    bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
+    return (
+        _settings.one_of("state_bits", bits, low_state.BITS),
+        _settings.one_of("weight_rounding", rounding, low_state.ROUNDINGS),
+        _settings.seed("seed", seed),
+    )
+
+
 def complete(group: dict[str, Any]) -> None:
-    """Give a group all options, or none."""
-    given = {name: group.pop(name, value) for name, value in DEFAULTS.items()}
+    """Give a group all options, or none. ValueError for one that is out of range."""
+    given = dict(zip(DEFAULTS, options(group), strict=True))
+    for name in DEFAULTS:
+        group.pop(name, None)
     if given != DEFAULTS:
         group.update(given)
 
 
-def options(group: dict[str, Any]) -> tuple[int, str, int]:
-    """Return the options of a group in their order."""
-    bits, rounding, seed = (group.get(name, value) for name, value in DEFAULTS.items())
-    return bits, rounding, seed
+def require_valid(group: dict[str, Any], index: int, states: Mapping[Tensor, Any]) -> None:
+    """Raise TypeError for a parameter that the options of its group cannot be of.
 
-
-def require_valid(group: dict[str, Any], index: int) -> None:
-    """Raise ValueError for an option out of range, TypeError for a parameter that it cannot be of.
-
-    `index` is the position of the group in the optimizer.
+    ValueError for an option out of range, and where there is state in other bits. `index` is the
+    position of the group in the optimizer.
     """
-    bits, rounding, seed = options(group)
-    _settings.one_of("state_bits", bits, low_state.BITS)
-    _settings.one_of("weight_rounding", rounding, low_state.ROUNDINGS)
-    _settings.seed("seed", seed)
+    options(group)
     names = group.get("param_names")
     for i, param in enumerate(group["params"]):
         label = repr(names[i]) if names else f"params[{i}] of param_groups[{index}]"
         require_storable(param, group, label)
+        state = states.get(param)
+        if not state:
+            continue
+        expected = state_bits(param, group)
+        kept = 32
+        if "exp_inf_scale" in state:
+            kept = 8 if getattr(state.get("exp_inf"), "dtype", None) == torch.uint8 else 16
+        if kept != expected:
+            raise ValueError(
+                f"state_bits of param_groups[{index}] must stay as they were once there is state, "
+                f"which is not converted: that of {label} is in {kept} bits; received "
+                f"{group.get('state_bits', 32)}"
+            )
 
 
 def require_storable(param: Tensor, group: dict[str, Any], label: str) -> None:

@@ -21,14 +21,14 @@ class Variable(NamedTuple):
     step: Tensor
     exp_inf_scale: Any = None  # of a norm in fewer bits
     remainder: Any = None  # what a bfloat16 weight does not hold
-    number: int = 0  # among all of the optimizer
+    number: int | None = None  # among all of the optimizer; None in a group without options
     first_element: int = 0  # of a part, where random numbers are drawn
 
     @classmethod
     def at(cls, arrays: list[Any], i: int) -> "Variable":
         """Return the variable at position `i` among the entries of many."""
-        *tensors, options = arrays[WIDTH * i : WIDTH * (i + 1)]
-        return cls(*tensors, *(options or ()))
+        *tensors, extras = arrays[WIDTH * i : WIDTH * (i + 1)]
+        return cls(*tensors, *(extras or ()))
 
     def put(self, arrays: list[Any], i: int) -> None:
         """Replace that variable."""
@@ -51,8 +51,8 @@ class Variable(NamedTuple):
         return self.exp_inf_scale is not None and self.exp_avg.dtype == torch.int8
 
 
-WIDTH = 6  # entries of a variable among those of many: the last is a tuple of what few have
 KEYS, OPTIONAL_KEYS = Variable._fields[2:5], Variable._fields[5:-2]  # of a state
+WIDTH = 2 + len(KEYS) + 1  # entries of a variable among those of many; the last has the rest
 
 
 def share_memory(arrays: list[Any], unfit: Iterable[int]) -> bool:
@@ -102,14 +102,12 @@ class Gathered:
     Raises RuntimeError for what torch's own step does not take either.
     """
 
-    def __init__(
-        self, variable: Variable, name: str, writes_gradient: bool, is_plain: bool
-    ) -> None:
+    def __init__(self, variable: Variable, name: str, writes_gradient: bool) -> None:
         param, grad, exp_avg, exp_inf, step, scale, remainder, number, first = variable
         if grad.layout != torch.strided:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        for key, kept in zip(KEYS, variable[2:5], strict=True):
-            if not isinstance(kept, Tensor):
+        for key, kept in zip(KEYS + OPTIONAL_KEYS, variable[2:-2], strict=True):
+            if not isinstance(kept, Tensor) and (key in KEYS or kept is not None):
                 raise RuntimeError(f"{key} of a state must be a tensor; received {kept!r}")
         for tensor in variable.written + [grad] * writes_gradient:
             require_writable(tensor)
@@ -152,7 +150,7 @@ class Gathered:
         self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
         # Where there may be fewer bits, a moment of another dtype is not one that is to be widened.
-        is_full = scale is None and is_plain and exp_avg.is_floating_point()
+        is_full = scale is None and number is None and exp_avg.is_floating_point()
         exp_avg = plain(exp_avg, wide if is_full else exp_avg.dtype)
         exp_inf = plain(exp_inf, wide if is_full else exp_inf.dtype)
         if remainder is not None:
