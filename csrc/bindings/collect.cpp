@@ -47,7 +47,7 @@ class Walk {
 Collected collect(const py::tuple& groups, const py::dict& states, const py::tuple& keys,
                   const py::tuple& optional_keys, const py::tuple& options,
                   const py::tuple& plain_types) {
-  const py::str attribute("grad");
+  const py::str params_key("params"), attribute("grad");
   Collected collected;
   Walk walk(states);
   std::size_t count = 0, number = 0;
@@ -62,7 +62,10 @@ Collected collect(const py::tuple& groups, const py::dict& states, const py::tup
     const bool has_options = std::any_of(options.begin(), options.end(),
                                          [&](py::handle option) { return group.contains(option); });
     if (has_options) collected.with_options.push_back(collected.sizes.size());
-    for (const py::handle param : py::tuple(group["params"])) {
+    const auto params =
+        py::reinterpret_steal<py::object>(PyObject_GetItem(group.ptr(), params_key.ptr()));
+    if (!params) throw py::error_already_set();
+    for (const py::handle param : py::tuple(params)) {
       const auto grad =
           py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), attribute.ptr()));
       if (!grad) throw py::error_already_set();

@@ -74,9 +74,11 @@ bool takes_device_scalars(std::span<const Group> groups, const Call& call) {
          });
 }
 
-// Calls `check` on a group of a call, with its number in what is thrown if there are several.
+// Calls `check` on a group of a call, with its number in what is thrown if there are several. Not
+// inline: the loop over variables lost 12 ns each by it.
 template <class Check>
-void check_in_group(std::size_t number, std::span<const Group> groups, const Check& check) {
+[[gnu::noinline]] void check_in_group(std::size_t number, std::span<const Group> groups,
+                                      const Check& check) {
   try {
     check(groups[number]);
   } catch (const std::invalid_argument& error) {

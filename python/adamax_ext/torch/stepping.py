@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,10 @@ class Stepping:
                     states[param].update(variable.state)
                 variable = local(variable)
             variable.put(arrays, i)
-        for group, size, end in zip(groups, sizes, ends, strict=True):
-            if group["capturable"]:
-                _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
+        if any(map(itemgetter("capturable"), groups)):
+            for group, size, end in zip(groups, sizes, ends, strict=True):
+                if group["capturable"]:
+                    _require_capturable(arrays[WIDTH * (end - size) : WIDTH * end : WIDTH])
         states.update(new_states)
         before = self._stepper.calls
         try:
