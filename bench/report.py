@@ -202,14 +202,13 @@ def low_memory_promises(members: Sequence[tuple[dict[str, str], Row]]) -> str:
     lines = []
     for key, cost in costs.items():
         pair, state, weights, isa, threads, elements = key
-        in_l2 = costs.get((*key[:5], f"{2**14}"))  # where one thread does it
+        in_l2 = costs.get((*key[:5], f"{2**16 * int(threads)}"))
         full = costs.get(("float32-float32", "32", "nearest", isa, threads, elements))
         if elements != f"{2**24}" or threads == "1" or in_l2 is None or full is None:
             continue
         by_bytes = full * (_OF_WEIGHTS[pair, weights] + int(state) // 2) / 28
-        by_arithmetic = in_l2 / int(threads)
-        limit = max(by_bytes, by_arithmetic)
-        what = "bytes" if by_bytes >= by_arithmetic else "arithmetic"
+        limit = max(by_bytes, in_l2)
+        what = "bytes" if by_bytes >= in_l2 else "arithmetic"
         met = "yes" if cost <= 1.15 * limit else "**no**"
         times = [f"{full / cost:.2f}", what, f"{cost / limit:.2f}", met]
         lines.append([pair, state, weights, isa, f"{cost:.3f}", *times])

@@ -123,8 +123,9 @@ void add_low_memory_benchmarks() {
         const Storage storage = adamax::storage_at(index);
         const bool is_usual = storage.param == storage.grad && storage.param != DType::kFloat16;
         if (!exists(storage) || !is_usual || storage.param == DType::kFloat64) continue;
-        for (const int exponent : {14, 24}) {
-          const std::int64_t n = std::int64_t{1} << exponent;
+        // In memory, and the fewest that so many threads share, which their caches hold.
+        const std::int64_t few = threads == 1 ? 1 << 14 : threads * (1 << 16);
+        for (const std::int64_t n : {few, std::int64_t{1} << 24}) {
           add_step("low" + pair_name(storage) + low_name(storage) + setting.name() + elements_of(n),
                    {n}, {storage}, {}, setting);
         }
