@@ -7,7 +7,6 @@ bitsandbytes take part where they are installed, beside torch's own with the sam
 import argparse
 import datetime
 import importlib
-import json
 import math
 import statistics
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import adamax_ext
 import torch
 from adamax_ext.torch import Adamax
-from machine import default_name, machine, versions
+from machine import default_name, machine, machine_text, versions
 from rows import table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -122,24 +121,25 @@ def contestants() -> dict[str, tuple[torch.dtype, Callable[..., Any]]]:
     return found
 
 
-def report(results: dict[str, Any]) -> str:
+Losses = dict[str, dict[str, list[float]]]  # by training and contestant, of each seed
+Times = dict[str, list[dict[str, float]]]  # by contestant
+
+
+def report(losses: Losses, times: Times) -> str:
     """Return a table: means, how far from the first of the same rule, and medians of times."""
     lines = []
-    for name in results["losses"]["digits"]:
+    for name in times:
         line = [name]
-        for losses in results["losses"].values():
-            first = losses["torch.optim.Adam" if "Adam" in name else FIRST]
-            difference = statistics.mean(losses[name]) - statistics.mean(first)
-            line.append(
-                f"{statistics.mean(losses[name]):.5f} ({statistics.stdev(losses[name]):.5f})"
-            )
-            line.append(f"{difference / statistics.stdev(first):+.2f}")
-        times = results["times"][name]
+        for of_training in losses.values():
+            first = of_training["torch.optim.Adam" if "Adam" in name else FIRST]
+            mean, spread = statistics.mean(of_training[name]), statistics.stdev(of_training[name])
+            distance = (mean - statistics.mean(first)) / statistics.stdev(first)
+            line += [f"{mean:.5f} ({spread:.5f})", f"{distance:+.2f}"]
         for key, form in (("steps", ".0f"), ("seconds", ".2f")):
-            line.append(format(statistics.median(one[key] for one in times), form))
+            line.append(format(statistics.median(one[key] for one in times[name]), form))
         lines.append(line)
     header = ["weights and state"]
-    for training in results["losses"]:
+    for training in losses:
         header += [f"{training}: final loss (std)", "from float32, in std"]
     header += ["steps to 97 % of digits", "seconds"]
     return table(header, lines)
@@ -150,29 +150,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a second one would mostly wait
-    results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "build_info": adamax_ext.build_info(),
-        "seeds": len(SEEDS),
-        "losses": {},
-    }
+    losses: Losses = {}
     for training, (train, rate) in TRAININGS.items():
-        losses = results["losses"][training] = {}
+        losses[training] = {}
         for name, (dtype, make) in contestants().items():
-            losses[name] = [train(partial(make, lr=rate), dtype, seed) for seed in SEEDS]
-            print(f"{training}, {name}: {losses[name]}", flush=True)
-    results["times"] = {name: [] for name in contestants()}
+            losses[training][name] = [train(partial(make, lr=rate), dtype, s) for s in SEEDS]
+            print(f"{training}, {name}: {losses[training][name]}", flush=True)
+    times: Times = {name: [] for name in contestants()}
     for seed in SEEDS:  # in turns, as the speed of a machine drifts
         for name, (dtype, make) in contestants().items():
-            results["times"][name].append(time_to_accuracy(partial(make, lr=2e-3), dtype, seed))
-    path = options.out / default_name("losses")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(
-        f"# Final losses and times of training, {results['seeds']} seeds\n\n{report(results)}"
-    )
-    print(report(results))
+            times[name].append(time_to_accuracy(partial(make, lr=2e-3), dtype, seed))
+    parts = [
+        f"# Final losses and times of training, {datetime.date.today()}\n",
+        f"`python bench/losses.py`, one thread, {len(SEEDS)} seeds: means, and medians of times.\n",
+        f"{machine_text(machine())}; {adamax_ext.build_info()['isa_active']}.\n",
+        f"Versions: {', '.join(' '.join(item) for item in versions().items())}.\n",
+        report(losses, times),
+    ]
+    (options.out / default_name("losses")).with_suffix(".md").write_text("\n".join(parts))
+    print(parts[-1])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_text(of: dict[str, Any]) -> str:
+    """Return what `machine` found as words."""
+    return (
+        f"{of['cpu']}, {of['cores']} cores, {of['memory_bytes'] / 2**30:.0f} GiB, {of['os']}, "
+        f"kernel {of['kernel']}, Python {of['python']}"
+    )
+
+
 def nvidia_smi(query: str) -> str:
     """Return what it says of the first GPU; nothing where there is none."""
     if shutil.which("nvidia-smi") is None:

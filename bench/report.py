@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from goals import goals
+from machine import machine_text
 from plots import draw
 from rows import Row, Rows, comparable_seconds, l2_mark, ratio_text, seconds_text, table
 
@@ -79,14 +80,13 @@ def device_text(gpu: dict[str, Any]) -> str:
 
 
 def peers_report(results: dict[str, Any]) -> str:
-    machine, rows = results["machine"], Rows(results)
+    rows = Rows(results)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     build = ", ".join(f"{key} {value}" for key, value in results["build_info"].items())
     parts = [
         f"# adamax_ext and its peers, {results['date'][:10]}\n",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['os']}, kernel {machine['kernel']}, Python {machine['python']}; "
-        f"device {results['device']}, {results['threads']} threads.\n",
+        f"{machine_text(results['machine'])}; device {results['device']}, "
+        f"{results['threads']} threads.\n",
         *([device_text(results["gpu"])] if results.get("gpu") else []),
         f"Versions: {versions}.\n",
         f"Build: {build}.\n",
