@@ -70,6 +70,7 @@ def test_one_version():
     assert adamax_ext.__version__ == version
     assert adamax_ext.build_info()["version"] == version
     assert f'\nversion = "{version}"\n' in (REPOSITORY / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
 
 
 def test_types_are_installed():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adamax_ext import Adamax
-from support.building import run
+from support.building import run_cpp
 from support.frameworks import load_keras, load_torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -67,12 +67,7 @@ def test_examples_that_are_named_exist():
 
 
 def test_cpp_example(cpp_library, tmp_path):
-    source, program = tmp_path / "example.cpp", tmp_path / "example"
-    source.write_text(block("cpp", "In C++"))
-    (archive,) = cpp_library.prefix.rglob("*.a")
-    include = cpp_library.prefix / "include"
-    run("c++", "-std=c++20", "-pthread", f"-I{include}", source, archive, "-o", program)
-    run(program)
+    run_cpp(cpp_library, block("cpp", "In C++"), tmp_path)
 
 
 def test_settings_and_their_defaults():

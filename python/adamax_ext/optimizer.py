@@ -175,7 +175,7 @@ class Adamax(Configured):
 
     @property
     def state(self) -> dict[str, dict[str, Array]]:
-        """Live arrays by name and kind: momentum, norm, average, gradient_accumulator if kept.
+        """Live arrays by name and kind (momentum, norm, average, gradient_accumulator if kept).
 
         State in fewer bits is shown as it is stored, with a norm_scale; remainder is what bfloat16
         weights do not hold. Loading makes new arrays; read this again after it.

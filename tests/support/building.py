@@ -58,3 +58,13 @@ def build_and_install(folder, *options):
     cmake("--install", build, "--prefix", prefix)
     objects = {path.name.split(".")[0]: path for path in build.rglob("*.o")}
     return CppLibrary(objects, prefix)
+
+
+def run_cpp(library, program, folder):
+    """Compile a program with the installed library, and run it."""
+    source, executable = folder / "program.cpp", folder / "program"
+    source.write_text(program)
+    (archive,) = library.prefix.rglob("*.a")
+    include = library.prefix / "include"
+    run(cpp_compiler(), "-std=c++20", "-pthread", f"-I{include}", source, archive, "-o", executable)
+    return run(executable)
