@@ -152,6 +152,19 @@ def test_documentation_of_members(name):
         require_summary(name, value)
 
 
+def test_raises_lists_nothing_but_exceptions():
+    """Anything else at its margin is shown as one, here and in the parts for other libraries."""
+    listed = set()
+    for path in (REPOSITORY / "python/adamax_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                raised = section(ast.get_docstring(node) or "", "Raises") or ""
+                listed |= {(path.name, node.name, x) for x in re.findall(r"^\S.*", raised, re.M)}
+    assert len(listed) > 20
+    names = r"\w+(Error|Exit)(, \w+Error)*"
+    assert [found for found in listed if not re.fullmatch(names, found[2])] == []
+
+
 @pytest.mark.parametrize("module", [adamax_ext, optimizer, functional, loss_scale, schedules])
 def test_examples(module):
     failed, attempted = doctest.testmod(module)

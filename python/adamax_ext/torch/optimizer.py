@@ -143,7 +143,7 @@ class Adamax(torch.optim.Optimizer):
     # ---- Steps -----------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step of all parameters that have a gradient.
+        """Do one step of all parameters that have a gradient; or none, if an exception is raised.
 
         Parameters
         ----------
@@ -165,8 +165,6 @@ class Adamax(torch.optim.Optimizer):
             A setting out of range, or state that does not fit to its parameter.
         AssertionError
             `capturable` with parameters on the host, in torch's words.
-
-        Nothing has changed then.
         """
         loss = None
         if closure is not None:
