@@ -40,11 +40,15 @@ def machine(name: str) -> str:
 def table(name: str, section: str, rows: str) -> str:
     """Return the first table of a section that begins with these words."""
     sections = report(name)
-    (title,) = [title for title in sections if title == section or title.startswith(f"{section} (")]
-    lines = re.search(r"(?:^\|.*\n?)+", sections[title], re.M)[0].splitlines()
+    titles = [title for title in sections if title == section or title.startswith(f"{section} (")]
+    if len(titles) != 1:
+        raise ValueError(
+            f"section must be one of {list(sections)} in {name}.md; received {section!r}"
+        )
+    lines = re.search(r"(?:^\|.*\n?)+", sections[titles[0]], re.M)[0].splitlines()
     kept = [line for line in lines[2:] if re.search(rows, line)]
     if not kept:
-        raise ValueError(f"{name}.md, {section!r}: no row has {rows!r}")
+        raise ValueError(f"rows must be found in {section!r} of {name}.md; received {rows!r}")
     return "\n".join([*lines[:2], *kept])
 
 
