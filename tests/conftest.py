@@ -7,6 +7,7 @@ from support.building import build_and_install
 from support.frameworks import load_torch
 from support.processes import use_threads
 from support.ranks import Ranks
+from support.sequences import sequences  # noqa: F401 - registers the profile of hypothesis
 
 
 @pytest.fixture(scope="session")

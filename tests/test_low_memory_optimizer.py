@@ -8,7 +8,13 @@ import pytest
 from adamax_ext import Adamax, LossScaleOptimizer, _core
 from support import reference_lowmem as program
 from support.bits import dtype_of, is_testable, memory_order, rounded, spread, widened
-from support.low_memory import LowMemoryReference, assert_same, every_option, needs_bfloat16
+from support.low_memory import (
+    LowMemoryReference,
+    assert_same,
+    assert_same_training,
+    every_option,
+    needs_bfloat16,
+)
 from support.runs import AVERAGES, CLIPPINGS, MICRO_BATCHES, rates_of_both
 from support.steps import SETTINGS
 
@@ -48,14 +54,6 @@ def apply_quietly(optimizer, gradients):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no gradient
         optimizer.apply(gradients)
-
-
-def assert_same_training(ours, theirs, weights, label):
-    for i, (name, arrays) in enumerate(ours.state.items()):
-        expected = theirs.kept(i)
-        assert_same(memory_order(weights[i]), expected["weights"], f"{name} after {label}")
-        for kind, array in arrays.items():
-            assert_same(memory_order(array), expected[kind], f"{kind} of {name} after {label}")
 
 
 def check_run(bits, rounding, *, calls=6, rate=None, skipped=(), excluded=(), **settings):

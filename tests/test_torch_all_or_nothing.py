@@ -93,6 +93,15 @@ OF_STATE = {
         "single memory location",
     ),
     "inference": (set_state("exp_avg", made_in_inference_mode), RuntimeError, "inference mode"),
+    **{
+        f"{key} {dtype}": (
+            set_state(key, lambda dtype=dtype: torch.zeros(3, 2, dtype=dtype)),
+            TypeError,
+            f"{key}.* has dtype {str(dtype).removeprefix('torch.')}",
+        )
+        for key in ("exp_avg", "exp_inf")
+        for dtype in (torch.int32, torch.bool, torch.complex64)
+    },
     "no tensor": (set_state("exp_avg", lambda: None), RuntimeError, "must be a tensor"),
     "lost": (drop_state("exp_inf"), KeyError, "exp_inf"),
     "count lost": (drop_state("step"), KeyError, "step"),

@@ -13,6 +13,7 @@ from support.bits import (
     assert_same_bits,
     dtype_of,
     is_testable,
+    memory_order,
     rounded,
     spread,
     widened,
@@ -259,6 +260,15 @@ class LowMemoryReference(MixedReference):
         if dtype.name == "bfloat16":
             return {**kept, "remainder": weight.low, "weights": weight.half.view(dtype)}
         return {**kept, "weights": rounded(self.variables[i], dtype)}
+
+
+def assert_same_training(ours, theirs, weights, label):
+    """Require the bits of the program in every weight and every array of the state."""
+    for i, (name, arrays) in enumerate(ours.state.items()):
+        expected = theirs.kept(i)
+        assert_same(memory_order(weights[i]), expected["weights"], f"{name} after {label}")
+        for kind, array in arrays.items():
+            assert_same(memory_order(array), expected[kind], f"{kind} of {name} after {label}")
 
 
 def set_to(value):

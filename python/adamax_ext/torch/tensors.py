@@ -149,8 +149,10 @@ class Gathered:
         unscaled = torch.view_as_complex(grad) if own_grad.is_complex() else grad
         self.copies = [(unscaled, own_grad)] if writes_gradient else []
         param = plain(param, param.dtype)
-        # Where there may be fewer bits, a moment of another dtype is not one that is to be widened.
-        is_full = scale is None and number is None and exp_avg.is_floating_point()
+        # Moments in another float dtype are computed in full; where there may be fewer bits, and of
+        # a dtype that would not hold them, the native step says what is wrong.
+        is_full = scale is None and number is None
+        is_full &= exp_avg.is_floating_point() and exp_inf.is_floating_point()
         exp_avg = plain(exp_avg, wide if is_full else exp_avg.dtype)
         exp_inf = plain(exp_inf, wide if is_full else exp_inf.dtype)
         if remainder is not None:
