@@ -380,7 +380,7 @@ def killer_of(mutant, folder):
     """Return what noticed a mutant that is made in a copy, or None."""
     path = folder / mutant.path
     path.write_text(path.read_text().replace(mutant.text, mutant.replacement))
-    cmake("--build", folder / "build", "--target", "_core")
+    cmake("--build", folder / "build", "--target", "_core", "--parallel", 1)
     status, output = pytest(folder, mutant.test)
     if status == 0:
         return None
@@ -399,7 +399,7 @@ def main(names):
         # Always in one folder, as its path is in the build; so only what a mutant touches is built.
         folder, unchanged = Path(temporary, "copy"), Path(temporary, "unchanged")
         copy_to(folder)
-        cmake("--build", folder / "build", "--target", "_core")
+        cmake("--build", folder / "build", "--target", "_core", "--parallel", 1)
         status, output = pytest(folder, *dict.fromkeys(mutant.test for mutant in mutants))
         if status != 0 or " skipped" in output.splitlines()[-1]:
             raise SystemExit(f"{output}\nwithout a mutant, all these tests must run and pass")

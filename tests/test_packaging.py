@@ -293,6 +293,8 @@ def expected_of_consumer():
         lines.append(" ".join([name, *(f"{word:0{2 * array.dtype.itemsize}x}" for word in words)]))
     return [
         *(*lines, "error step must be >= 1; received 0"),
+        "error variables[0] must have a size >= 0; received -1",
+        "error variables[0] must have a group below the number of groups, 2; received 2",
         "error the variables are in host memory and the call takes numbers from the memory of a "
         "GPU; expected the numbers themselves",
     ]

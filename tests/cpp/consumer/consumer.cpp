@@ -119,6 +119,22 @@ int main() {
     std::printf("error %s\n", error.what());
   }
   try {
+    adamax::Variable negative = variables[0];
+    negative.size = -1;
+    adamax::step({&negative, 1}, groups, call);
+    std::printf("error none\n");
+  } catch (const std::invalid_argument& error) {
+    std::printf("error %s\n", error.what());
+  }
+  try {
+    adamax::Variable lost = variables[0];
+    lost.group = 2;
+    adamax::step({&lost, 1}, groups, call);
+    std::printf("error none\n");
+  } catch (const std::invalid_argument& error) {
+    std::printf("error %s\n", error.what());
+  }
+  try {
     const float rate = 0.1f;  // as if it lay in the memory of a GPU
     adamax::step(variables, adamax::Group{.device = {.learning_rate = &rate}});
     std::printf("error none\n");
