@@ -209,11 +209,11 @@ MUTANTS = [
         "tests/test_buffers.py::test_shared_memory_is_given_back_after_success_and_refusal",
     ),
     Mutant(
-        "a second thread enters an optimizer",
+        "an optimizer is entered during a step of its own",
         "python/adamax_ext/locking.py",
         "if running is not call:",
         "if False:",
-        "tests/test_apply.py::test_a_second_thread_is_turned_away",
+        "tests/test_apply.py::test_a_learning_rate_cannot_enter_its_optimizer",
     ),
     # ---- A GPU, emulated -------------------------------------------------------------------------
     Mutant(
