@@ -98,7 +98,7 @@ MUTANTS = [
         "csrc/cpu/sums.cpp",
         "lanes[(e - begin) % kLanes] += sums[e]",
         "lanes[(e - begin) / (kBlock / kLanes)] += sums[e]",
-        "tests/test_kernel_bits.py::test_norm_of_more_blocks_than_fit_in_one",
+        "tests/test_kernel_bits.py::test_norms_of_more_blocks_than_fit_in_one",
     ),
     # ---- Fewer bits ------------------------------------------------------------------------------
     Mutant(

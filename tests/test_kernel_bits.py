@@ -157,24 +157,28 @@ def test_norms_at_the_edges_of_blocks(isa, dtype):
     run_on(isa, check_norms, dtype)
 
 
-def huge_array():
-    """More than 4096 blocks of 4096, so that the sums of blocks are folded twice."""
+def huge_arrays():
+    """More than 4096 blocks of 4096, so that the sums of blocks are folded twice.
+
+    From several elements on: another order of additions is often lost in the rounding of a norm.
+    """
     values = np.random.default_rng(5).standard_normal(BLOCK**2 + 3 * BLOCK + 5, np.float32)
-    return values * values * values
+    values = values * values * values
+    return [values[first:] for first in (0, 1, 4)]
 
 
 @pytest.fixture(scope="module")
-def huge_norm():
-    return reference.global_norm([huge_array()])
+def huge_norms():
+    return [reference.global_norm([array]) for array in huge_arrays()]
 
 
-def norm_of_huge_array():
-    return norm_with_threads([huge_array()])
+def norms_of_huge_arrays():
+    return [norm_with_threads([array]) for array in huge_arrays()]
 
 
 @every_isa
-def test_norm_of_more_blocks_than_fit_in_one(isa, huge_norm):
-    assert run_on(isa, norm_of_huge_array) == huge_norm
+def test_norms_of_more_blocks_than_fit_in_one(isa, huge_norms):
+    assert run_on(isa, norms_of_huge_arrays) == huge_norms
 
 
 # ---- Instruction sets -------------------------------------------------------------------------
