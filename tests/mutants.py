@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from support.building import REPOSITORY, cmake, configure, run
 
-HANG_SECONDS = 300  # a mutant that makes a test wait for ever is killed, too
+HANG_SECONDS = 600  # a mutant that makes a test wait for ever is killed, too
 
 
 class Mutant(NamedTuple):
