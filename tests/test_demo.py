@@ -8,6 +8,9 @@ import adamax_ext
 import pytest
 from adamax_ext.__main__ import main
 
+# Of the newest pyparsing, about older names, which the lowest matplotlib uses.
+pytestmark = pytest.mark.filterwarnings("ignore:'.*deprecated:DeprecationWarning")
+
 
 @pytest.fixture
 def demo_packages():

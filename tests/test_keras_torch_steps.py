@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import pytest
-from adamax_ext.keras.torch_step import Step
 from support.keras_models import assert_models_near, fit, make_model
 from support.keras_pairs import (
     RULE,
@@ -19,6 +18,8 @@ from support.keras_pairs import (
     train,
 )
 from support.keras_torch import torch
+
+from adamax_ext.keras.torch_step import Step  # isort: skip - needs keras
 
 # Of Keras, whose variables do not yet say `copy` to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

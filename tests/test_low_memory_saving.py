@@ -15,6 +15,7 @@ from support.low_memory import assert_same, every_option, needs_bfloat16, set_to
 SHAPES = {
     "kernel": ("float32", (70, 60), "F"),
     "bias": ("float32", (83,), "C"),
+    "scale": ("float32", (), "C"),
     "brain": ("bfloat16", (17, 3, 90), "C"),
     "brain/bias": ("bfloat16", (5,), "C"),
 }
@@ -322,7 +323,7 @@ def test_conversion_is_that_of_the_program(source, target, epsilon):
     settings = {"weight_rounding": "remainder", "use_ema": True, "epsilon": epsilon, "seed": 4}
     weights, optimizer = trained(4, state_bits=source, **settings)
     # Arrays of a state_dict are in C order; blocks that are made of them, too.
-    weights = {name: np.ascontiguousarray(w) for name, w in weights.items()}
+    weights = {name: np.asarray(w, order="C") for name, w in weights.items()}
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
     converted = convert_state(saved, state_bits=target, epsilon=epsilon)

@@ -13,6 +13,7 @@ from support.memory import (
     DATA,
     DEVICE,
     FLAGS,
+    HAS_VERSION,
     OTHERS,
     READ_ONLY,
     ROLES,
@@ -322,7 +323,10 @@ CHANGES = {
     "larger": (lambda a: values(9, (5, 3)), ValueError, "15 elements; expected the 12 of the var"),
     "smaller": (lambda a: a[:1], ValueError, "3 elements; expected the 12 of the variable at b"),
     "another layout": (np.asfortranarray, ValueError, "expected the layout of the variable at b"),
-    "read-only": (READ_ONLY["NumPy"], BufferError, "is read-only"),
+    "read-only": (
+        *(READ_ONLY["NumPy"], BufferError),
+        "is read-only" if HAS_VERSION else "did not export",  # NumPy itself refuses to lend it
+    ),
     "broken": (lambda a: None, BufferError, "did not export its memory"),
 }
 

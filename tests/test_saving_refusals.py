@@ -38,7 +38,7 @@ PENDING = "accumulated must be a list of variables, and empty where no window of
 COUNTS = "gradient_accumulation_steps of the state_dict is .*, of the optimizer .*; expected the sa"
 BELOW_ZERO = "norm of 'w' must not be below zero; received -"
 BAD_NORMS = [
-    np.where(np.eye(2, 3, k), x, np.float32(0)) for k, x in ((0, 1), (2, 1e-45), (-1, np.inf))
+    np.where(np.eye(2, 3, k), x, 0).astype("f") for k, x in ((0, 1), (2, 1e-45), (-1, np.inf))
 ]
 RATES = "expected both to be numbers, or neither"
 REFUSED = [  # the optimizer, a change of what it saved, error, message

@@ -317,8 +317,10 @@ def test_gradients_that_are_refused(grad, error, message):
 @every_pair
 def test_gradients_of_jax(param, grad):
     jax = pytest.importorskip("jax", reason="needs jax")
+    from support.jax_runs import x64
+
     weights, expected = make_weights(param), make_weights(param)
-    with jax.enable_x64(True):
+    with x64():
         place = jax.numpy.asarray
         require_same_run(expected, weights, lambda x: x, lambda call: make_grads(call, grad), place)
 

@@ -50,7 +50,7 @@ DType numpy_dtype_of(py::handle array, const Label& label) {
   }
   const auto dtype = py::reinterpret_borrow<py::dtype>(descriptor);
   const std::optional<DType> result = numpy_dtype(dtype);
-  if (!result) throw_dtype(label, py::str(dtype));
+  if (!result) throw_dtype(label, py::str(py::handle(dtype)));
   const std::lock_guard lock(known_mutex);
   if (known->size() < 16 && known->emplace(descriptor, *result).second) Py_INCREF(descriptor);
   return *result;

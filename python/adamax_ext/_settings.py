@@ -36,7 +36,10 @@ class Checked(Exclusive):
 def number(name: str, value: Any, wanted: str = "a number") -> float:
     """Return `value` as a float; TypeError if it is no number, ValueError if it is too large."""
     is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
-    if isinstance(value, (bool, np.bool_)) or is_complex or not hasattr(value, "__float__"):
+    # Before NumPy 2.4 an array of one element is converted, from 1.25 on with a warning.
+    is_array = isinstance(value, np.ndarray) and value.ndim > 0
+    not_one = isinstance(value, (bool, np.bool_)) or is_complex or is_array
+    if not_one or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be {wanted}; received {value!r}")
     try:
         return float(value)

@@ -125,7 +125,8 @@ def as_host(array: Any, name: str) -> HostArray:
 
 def widened(patterns: HostArray) -> HostArray:
     """Return the bits of bfloat16 as float32."""
-    return np.asarray(patterns.astype(np.uint32) << 16).view(np.float32)
+    # NumPy 1 makes int64 of a single number and the 16 of Python.
+    return np.asarray(patterns.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def as_stored(array: Array) -> HostArray:

@@ -14,6 +14,7 @@ from support.frameworks import load_torch
 WRITTEN = ("param", "m", "u", "average")
 ROLES = ("param", "grad", "m", "u", "average")
 OTHERS = ROLES[1:]  # than the parameter, with which they are compared
+HAS_VERSION = np.lib.NumpyVersion(np.__version__) >= "2.1.0"  # what NumPy lends by DLPack
 SHAPE = (4, 3)
 
 
@@ -51,6 +52,11 @@ def as_arrays(objects):
 # ---- Objects with memory -------------------------------------------------------------------------
 
 
+def lent(array, **arguments):
+    """The capsule of NumPy, which has neither arguments nor a version before 2.1."""
+    return array.__dlpack__(**(arguments if HAS_VERSION else {}))
+
+
 class DLPackOnly:
     """Lends `array` by DLPack and by nothing else."""
 
@@ -64,7 +70,7 @@ class DLPackOnly:
 
     def __dlpack__(self, *, max_version=None, copy=None):
         assert self.device == (1, 0), "memory of a device was asked for"
-        return self.array.__dlpack__(max_version=max_version, copy=copy)
+        return lent(self.array, max_version=max_version, copy=copy)
 
 
 class OldDLPack(DLPackOnly):
@@ -97,19 +103,25 @@ ONES = (ctypes.c_int64 * 100_000)(*[1] * 100_000)
 
 
 class Patched(DLPackOnly):
-    """Lends a DLPack tensor of NumPy with some of its 64-bit words replaced."""
+    """Lends a DLPack tensor of NumPy with some of its 64-bit words replaced.
+
+    Words before the data are not there where NumPy lends without a version.
+    """
 
     def __init__(self, source, words):
         super().__init__(source)
         self.words = words
+        if not HAS_VERSION and min(words) < DATA:
+            pytest.skip("needs NumPy 2.1, whose DLPack has a version and flags")
 
     def __dlpack__(self, **_):
-        capsule = self.array.__dlpack__(max_version=(1, 0))
+        capsule = lent(self.array, max_version=(1, 0))
+        name, first = (b"dltensor_versioned", 0) if HAS_VERSION else (b"dltensor", DATA)
         signature = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
         pointer = signature(("PyCapsule_GetPointer", ctypes.pythonapi))
-        words = ctypes.cast(pointer(capsule, b"dltensor_versioned"), ctypes.POINTER(ctypes.c_int64))
+        words = ctypes.cast(pointer(capsule, name), ctypes.POINTER(ctypes.c_int64))
         for index, word in self.words.items():
-            words[index] = word
+            words[index - first] = word
         return capsule
 
 
@@ -187,6 +199,6 @@ def closed(make_bytes):
 READ_ONLY = {
     "NumPy": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
     "memoryview": lambda a: memoryview(a.tobytes()).cast("f", a.shape),
-    "DLPack": lambda a: DLPackOnly(READ_ONLY["NumPy"](a)),
+    "DLPack": lambda a: Patched(READ_ONLY["NumPy"](a), {FLAGS: 1}),
     "jax": jax_array,
 }

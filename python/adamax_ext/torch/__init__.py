@@ -4,12 +4,12 @@ try:
     import torch
 except ImportError as error:
     raise ImportError(
-        "adamax_ext.torch needs torch 2.5 or newer, which cannot be imported: pip install torch"
+        "adamax_ext.torch needs torch 2.6 or newer, which cannot be imported: pip install torch"
     ) from error
-# Compared as versions are. Before 2.5 increment_version takes a single tensor.
-if torch.__version__ < "2.5":
+# Compared as versions are. 2.6 is the first with named parameters and fully_shard.
+if torch.__version__ < "2.6":
     raise ImportError(
-        f"adamax_ext.torch needs torch 2.5 or newer; received torch {torch.__version__}"
+        f"adamax_ext.torch needs torch 2.6 or newer; received torch {torch.__version__}"
     )
 
 from adamax_ext.torch.optimizer import Adamax, AdamaxW
