@@ -10,10 +10,12 @@ from support.bits import PAIRS, compute_dtype, dtype_of, is_testable
 from support.frameworks import load_torch
 from support.memory import (
     AXES_AND_DTYPE,
+    BEYOND,
     DATA,
     DEVICE,
     FLAGS,
     HAS_VERSION,
+    LENGTHS,
     OTHERS,
     READ_ONLY,
     ROLES,
@@ -95,7 +97,11 @@ REFUSALS = [
     ),
     (
         *(ROLES, ValueError, r"is on a device \(.*{}\)"),
-        {"DLPack type 10, number 1": lambda a: Patched(a, {DEVICE: 10 + (1 << 32)})},
+        {
+            "DLPack type 10, number 1": lambda a: Patched(a, {DEVICE: 10 + (1 << 32)}),
+            "DLPack type 2, number -1": lambda a: Patched(a, {DEVICE: 2 - (1 << 32)}),
+            "DLPack type 13, number -1": lambda a: OnDevice(a, (13, -1)),
+        },
     ),
     (
         # No test has a GPU that this process could use: see test_cuda_refusals.py and test_cuda.py.
@@ -117,12 +123,18 @@ REFUSALS = [
     (ROLES, BufferError, "no DLPack capsule", {"number": NoCapsule}),
     (ROLES, BufferError, "version 2; expected", {"DLPack 2": lambda a: Patched(a, {VERSION: 2})}),
     (
-        *(ROLES, ValueError, "has {} axes; expected at most 64"),
+        *(ROLES, ValueError, "has {} axes; expected 0 to 64"),
         {
+            "-1": lambda a: with_axes(a, -1),
             "65": lambda a: with_axes(a, 65),
             "100000": lambda a: with_axes(a, 100_000),
             "10000[0]": lambda a: with_axes(a, 100_000, strides=None),
         },
+    ),
+    (ROLES, ValueError, "a null pointer as its shape", {"": lambda a: Patched(a, {LENGTHS: 0})}),
+    (
+        *(ROLES, ValueError, "has a shape that no memory has"),
+        {"2^62 elements": lambda a: with_axes(a, 1, lengths=BEYOND)},
     ),
 ]
 

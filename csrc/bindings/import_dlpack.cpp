@@ -29,11 +29,11 @@ bool is_host(DLDevice device) {
          device.device_type == kDLROCMHost;
 }
 
-// Throws ValueError unless the device is a host or of CUDA.
+// Throws ValueError unless the device is a host or of CUDA. A number below 0 is none of CUDA's, and
+// kHost is one.
 void require_known_device(const Label& label, DLDevice device) {
-  if (is_host(device) || device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged) {
-    return;
-  }
+  const bool is_cuda = device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged;
+  if (is_host(device) || (is_cuda && device.device_id >= 0)) return;
   throw py::value_error(
       label.text() + " is on a device (DLPack type " + std::to_string(device.device_type) +
       ", number " + std::to_string(device.device_id) + "); expected host memory or a CUDA device");
@@ -79,7 +79,8 @@ void import_dl_tensor(py::handle object, const DLTensor& tensor, const Label& la
   } else {
     throw_dtype(label, dlpack_name(type));
   }
-  buffer.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  auto* const data = static_cast<char*>(tensor.data);
+  buffer.data = data == nullptr ? nullptr : data + tensor.byte_offset;
   set_layout(buffer, label, tensor.ndim, tensor.shape, tensor.strides, 1);
   if (tensor.data == nullptr && buffer.size > 0) throw_no_memory(object, label);
 }

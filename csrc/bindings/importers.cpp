@@ -7,9 +7,13 @@ namespace adamax::bindings {
 
 void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t* shape,
                 const std::int64_t* strides, std::int64_t unit) {
-  if (axes > Layout::kMaxAxes) {
+  if (axes < 0 || axes > Layout::kMaxAxes) {
+    throw py::value_error(label.text() + " has " + std::to_string(axes) + " axes; expected 0 to " +
+                          std::to_string(Layout::kMaxAxes));
+  }
+  if (shape == nullptr && axes > 0) {
     throw py::value_error(label.text() + " has " + std::to_string(axes) +
-                          " axes; expected at most " + std::to_string(Layout::kMaxAxes));
+                          " axes and a null pointer as its shape; expected their lengths");
   }
   buffer.size = 1;
   bool is_valid = true;
@@ -17,16 +21,18 @@ void set_layout(Buffer& buffer, const Label& label, int axes, const std::int64_t
     is_valid =
         shape[i] >= 0 && !__builtin_mul_overflow(buffer.size, shape[i], &buffer.size) && is_valid;
   }
-  if (!is_valid) {
+  std::int64_t bytes;
+  const auto of_one = static_cast<std::int64_t>(itemsize(buffer.dtype));
+  if (!is_valid || __builtin_mul_overflow(buffer.size, of_one, &bytes)) {
     throw py::value_error(label.text() +
                           " has a shape that no memory has; expected axes >= 0 with fewer than "
-                          "2^63 elements in all");
+                          "2^63 bytes in all");
   }
   Layout& layout = buffer.layout;
   layout.axes = axes;
   std::copy_n(shape, axes, layout.shape);
   std::int64_t row_major = 1;
-  for (int i = axes - 1; strides == nullptr && i >= 0; --i) {
+  for (int i = axes - 1; strides == nullptr && buffer.size > 0 && i >= 0; --i) {
     layout.strides[i] = row_major;
     row_major *= shape[i];
   }

@@ -125,12 +125,15 @@ template <Storage storage, class Body>
   }
 }
 
+// The bits of 16-bit numbers at any address: to name a member of one would take an aligned address.
+inline std::uint16_t* words(BFloat16* halves) { return reinterpret_cast<std::uint16_t*>(halves); }
+
 // ---- Weights ------------------------------------------------------------------------------------
 
 template <Storage storage>
 [[gnu::always_inline]] inline F32 load_weight(const Tile<storage>& tile, int i) {
   if constexpr (storage.rounding == WeightRounding::kRemainder) {
-    return joined<F32>(F32::load_bits(&tile.param[i].bits), F32::load_bits(tile.remainder + i));
+    return joined<F32>(F32::load_bits(words(tile.param + i)), F32::load_bits(tile.remainder + i));
   } else {
     return F32::load(tile.param + i);
   }
@@ -155,7 +158,7 @@ template <Storage storage>
       halves[k] = half_nearest_away(w[k]);
       remainders[k] = remainder_of(w[k]);
     }
-    F32::store_halves(halves, &tile.param[i].bits);
+    F32::store_halves(halves, words(tile.param + i));
     F32::store_halves(remainders, reinterpret_cast<std::uint16_t*>(tile.remainder + i));
     return;
   }
@@ -165,7 +168,7 @@ template <Storage storage>
       for (int k = 0; k < 4; ++k) {
         halves[k] = half_at_random(w[k], F32::load_bits(drawn + i + k * F32::kLanes));
       }
-      return F32::store_halves(halves, &tile.param[i].bits);
+      return F32::store_halves(halves, words(tile.param + i));
     }
   }
   for (int k = 0; k < 4; ++k) w[k].store(tile.param + i + k * F32::kLanes);

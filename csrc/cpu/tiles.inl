@@ -112,9 +112,9 @@ template <DecayRule decay, EpsilonRule epsilon, Storage storage, class Grad>
       for (int k = 0; k < 4; ++k) {
         halves[k] = momentum_half(m[k], V::load_bits(drawn + i + k * V::kLanes));
       }
-      V::store_halves(halves, &tile.momentum[i].bits);
+      V::store_halves(halves, words(tile.momentum + i));
       for (int k = 0; k < 4; ++k) halves[k] = norm_half(u[k], inverse);
-      V::store_halves(halves, &tile.norm[i].bits);
+      V::store_halves(halves, words(tile.norm + i));
     } else {
       for (int k = 0; k < 4; ++k) {
         m[k].store(tile.momentum + i + k * V::kLanes);

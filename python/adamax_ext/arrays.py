@@ -114,7 +114,7 @@ def as_host(array: Any, name: str) -> HostArray:
         elif hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
             array = np.from_dlpack(array)
         host: HostArray = np.asarray(array)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+    except (TypeError, ValueError, RuntimeError, BufferError, LookupError) as error:
         raise ValueError(
             f"{name} must be an array that NumPy can read; received {type(array).__name__}: {error}"
         ) from error

@@ -79,7 +79,9 @@ class OldDLPack(DLPackOnly):
 
 
 class OnDevice(DLPackOnly):
-    device = (2, 0)
+    def __init__(self, source, device=(2, 0)):
+        super().__init__(source)
+        self.device = device
 
 
 class OnCuda:
@@ -100,6 +102,7 @@ class NoCapsule(DLPackOnly):
 
 VERSION, FLAGS, DATA, DEVICE, AXES_AND_DTYPE, LENGTHS, STRIDES, OFFSET = 0, 3, 4, 5, 6, 7, 8, 9
 ONES = (ctypes.c_int64 * 100_000)(*[1] * 100_000)
+BEYOND = (ctypes.c_int64 * 1)(2**62)  # elements of four bytes: more than there are addresses
 
 
 class Patched(DLPackOnly):
@@ -126,11 +129,14 @@ class Patched(DLPackOnly):
 
 
 def float32_word(axes, lanes=1):
-    return axes | 2 << 32 | 32 << 40 | lanes << 48
+    return axes & 0xFFFFFFFF | 2 << 32 | 32 << 40 | lanes << 48
 
 
-def with_axes(source, axes, strides=ONES):
-    ones = {LENGTHS: ctypes.addressof(ONES), STRIDES: ctypes.addressof(strides) if strides else 0}
+def with_axes(source, axes, strides=ONES, lengths=ONES):
+    ones = {
+        LENGTHS: ctypes.addressof(lengths),
+        STRIDES: ctypes.addressof(strides) if strides else 0,
+    }
     return Patched(source, {AXES_AND_DTYPE: float32_word(axes), **ones})
 
 
