@@ -6,6 +6,7 @@ from adamax_ext import _core
 from support.building import build_and_install
 from support.frameworks import load_torch
 from support.processes import use_threads
+from support.processors import cross_options
 from support.ranks import Ranks
 from support.sequences import sequences  # noqa: F401 - registers the profile of hypothesis
 
@@ -24,6 +25,12 @@ def plain_cpp_library(tmp_path_factory):
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=generic",
     )
+
+
+@pytest.fixture(scope="session")
+def aarch64_library(tmp_path_factory):
+    """Cross-built by CMake."""
+    return build_and_install(tmp_path_factory.mktemp("aarch64_library"), *cross_options())
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from adamax_ext import _core, functional, loss_scale, optimizer, schedules
 from support.building import REPOSITORY, cmake, configure, run
+from support.processors import cross_options, on_aarch64
 
 PACKAGE = importlib.resources.files("adamax_ext")
 # pybind11 gives its classes a metaclass, which a stub cannot name.
@@ -216,11 +217,11 @@ def test_no_dlpack_header(tmp_path):
 # ---- The C++ library -----------------------------------------------------------------------------
 
 
-def output_of_consumer(library, build):
+def output_of_consumer(library, build, options=(), before=()):
     configure(REPOSITORY / "tests/cpp/consumer", build, f"-DCMAKE_PREFIX_PATH={library.prefix}",
-              "-DCMAKE_BUILD_TYPE=Release")  # fmt: skip
+              "-DCMAKE_BUILD_TYPE=Release", *options)  # fmt: skip
     cmake("--build", build)
-    return run(build / "consumer").splitlines()
+    return run(*before, build / "consumer").splitlines()
 
 
 def number(i, step):
@@ -308,3 +309,8 @@ def test_consumer_of_the_library_without_instruction_sets(plain_cpp_library, tmp
     assert "kernels_scalar" in plain_cpp_library.objects
     assert "kernels_avx2" not in plain_cpp_library.objects
     assert output_of_consumer(plain_cpp_library, tmp_path) == expected_of_consumer()
+
+
+def test_consumer_on_aarch64(aarch64_library, tmp_path):
+    printed = output_of_consumer(aarch64_library, tmp_path, cross_options(), on_aarch64())
+    assert printed == expected_of_consumer()

@@ -22,7 +22,7 @@ from support.bits import (
     rounded,
     spread,
 )
-from support.building import build_and_install, run
+from support.building import run
 from support.low_memory import (
     STORAGES,
     Twins,
@@ -31,7 +31,7 @@ from support.low_memory import (
     check_zeroed_weights,
     needs_bfloat16,
 )
-from support.processors import Processor, build_driver, tool
+from support.processors import AARCH64_COMPILER, Processor, build_driver, on_aarch64, tool
 from support.runs import AVERAGES, CLIPPINGS, DECAYS, MICRO_BATCHES, SCALES, SKIPPED, VARIABLES
 from support.runs import MixedReference as Reference
 from support.steps import (
@@ -53,18 +53,12 @@ every_storage = pytest.mark.parametrize("storage", STORAGES, ids=str)
 
 
 @pytest.fixture(scope="module")
-def aarch64(tmp_path_factory):
-    """The library, cross-built by CMake, and the command that runs its driver."""
-    compiler, qemu = tool("aarch64-linux-gnu-g++"), tool("qemu-aarch64")
-    folder = tmp_path_factory.mktemp("aarch64")
-    library = build_and_install(
-        folder,
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        f"-DCMAKE_CXX_COMPILER={compiler}",
+def aarch64(aarch64_library, tmp_path_factory):
+    """The library, and the command that runs its driver."""
+    driver = build_driver(
+        tool(AARCH64_COMPILER), aarch64_library, tmp_path_factory.mktemp("driver")
     )
-    driver = build_driver(compiler, library, folder)
-    return library, (qemu, "-L", "/usr/aarch64-linux-gnu", driver)
+    return aarch64_library, (*on_aarch64(), driver)
 
 
 @pytest.fixture(scope="module", params=ISAS)

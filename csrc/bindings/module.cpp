@@ -60,8 +60,9 @@ void let_collect(PyHeapTypeObject* heap_type) {
 }  // namespace
 }  // namespace adamax::bindings
 
-// What is shared between calls is guarded: type caches by locks, a plan by refusing a second call.
-PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+// Does not declare that it can do without the GIL: dicts and lists of the caller are read with
+// borrowed references (collect.cpp), and no interpreter without it has run the tests.
+PYBIND11_MODULE(_core, m) {
   using namespace adamax;
   using namespace adamax::bindings;
   m.doc() = "Native core of adamax_ext.";

@@ -27,9 +27,6 @@ PyMODINIT_FUNC PyInit__cuda() {
                                    nullptr};
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
-#ifdef Py_GIL_DISABLED
-  PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
-#endif
   if (add_capsule(module, "backend", const_cast<adamax::Backend*>(&adamax::cuda::backend()),
                   "adamax_ext.Backend") &&
       add_capsule(module, "xla_step", reinterpret_cast<void*>(&adamax::xla::step_on_cuda),

@@ -15,6 +15,7 @@ ROLES = ("param", "grad", "m", "u", "average", "accumulator", "norm_scale", "rem
 STATES = {"uint16": 1, "int8": 2}  # by the dtype of `m`; others are in full
 ROUNDINGS = ("nearest", "stochastic", "remainder")
 DECAYS, EPSILONS = ("none", "decoupled", "l2"), ("outside", "inside")
+AARCH64_COMPILER = "aarch64-linux-gnu-g++"
 CLIPS, PHASES = (None, "norm", "global_norm"), ("accumulate", "update", "finalize")
 
 
@@ -23,6 +24,17 @@ def tool(name):
     if path is None:
         pytest.skip(f"needs {name} (Debian: g++-aarch64-linux-gnu, qemu-user)")
     return path
+
+
+def cross_options():
+    """Return what CMake is told to build for AArch64."""
+    system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    return *system, f"-DCMAKE_CXX_COMPILER={tool(AARCH64_COMPILER)}"
+
+
+def on_aarch64():
+    """Return what stands before a command of AArch64 to run it here."""
+    return tool("qemu-aarch64"), "-L", "/usr/aarch64-linux-gnu"
 
 
 def build_driver(compiler, library, folder):
