@@ -54,7 +54,8 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     temporary = target.with_name(f".adamax_ext-{secrets.token_hex(8)}.tmp")
     mode = 0o666 if replaced is None else stat.S_IMODE(replaced.st_mode)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        binary = getattr(os, "O_BINARY", 0)  # Windows would write two bytes for each newline
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary, mode)
         with open(descriptor, "wb") as file:
             if replaced is not None:
                 _keep_owner_and_mode(descriptor, replaced)
