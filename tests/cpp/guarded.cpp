@@ -266,7 +266,6 @@ long run_backend(const std::string& name, int part) {
   if (!is_cuda) cpu::use_isa(name);
   const Backend& backend = is_cuda ? cuda::backend() : cpu::backend();
   Runner runner(backend);
-  long calls = 0;
   for (const std::int64_t size : lengths(part)) {
     const std::string what = std::to_string(size) + " elements";
     for_each_storage(name, what.c_str(), [&](const Storage& s) { run_all(runner, s, {size}); });
@@ -276,7 +275,7 @@ long run_backend(const std::string& name, int part) {
   if (is_cuda) return runner.calls;
 
   // Several threads, whose cuts are odd, for several callers at once.
-  calls = runner.calls;
+  long calls = runner.calls;
   int number = 0;
   for_each_storage(name, "several threads", [&](const Storage& storage) {
     if (number++ % part != 0) return;
