@@ -1,4 +1,4 @@
-"""The program's bits on AArch64, and the choice of an instruction set, under QEMU."""
+"""The program's bits on AArch64 and on Windows, and the choice of an instruction set, emulated."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from support.bits import (
     rounded,
     spread,
 )
-from support.building import run
+from support.building import build_and_install, run
 from support.low_memory import (
     STORAGES,
     Twins,
@@ -31,7 +31,14 @@ from support.low_memory import (
     check_zeroed_weights,
     needs_bfloat16,
 )
-from support.processors import AARCH64_COMPILER, Processor, build_driver, on_aarch64, tool
+from support.processors import (
+    AARCH64_COMPILER,
+    Processor,
+    build_driver,
+    on_aarch64,
+    tool,
+    windows_compiler,
+)
 from support.runs import AVERAGES, CLIPPINGS, DECAYS, MICRO_BATCHES, SCALES, SKIPPED, VARIABLES
 from support.runs import MixedReference as Reference
 from support.steps import (
@@ -44,10 +51,14 @@ from support.steps import (
     special_values,
 )
 
-# FPCR with everything on: flush to zero, also of half precision; round to zero; NaN without its
-# bits; half precision without infinity.
-HOSTILE_MODE = 1 << 24 | 1 << 19 | 3 << 22 | 1 << 25 | 1 << 26
-ISAS = ("scalar", "neon")
+# With everything on: flush to zero, round to zero. FPCR: also of half precision; NaN without its
+# bits; half precision without infinity. MXCSR: subnormals are zeros; no traps.
+HOSTILE_MODES = {
+    "aarch64": 1 << 24 | 1 << 19 | 3 << 22 | 1 << 25 | 1 << 26,
+    "windows": 1 << 15 | 3 << 13 | 1 << 6 | 0x1F80,
+}
+MACHINES = [("aarch64", "scalar"), ("aarch64", "neon")]
+MACHINES += [("windows", isa) for isa in ("scalar", "avx2", "avx512")]
 VECTOR = 4  # floats
 every_storage = pytest.mark.parametrize("storage", STORAGES, ids=str)
 
@@ -61,10 +72,28 @@ def aarch64(aarch64_library, tmp_path_factory):
     return aarch64_library, (*on_aarch64(), driver)
 
 
-@pytest.fixture(scope="module", params=ISAS)
-def processor(request, aarch64):
-    with Processor(aarch64[1], request.param, HOSTILE_MODE) as running:
-        assert running.isa == request.param
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    """The library, and the command that runs its driver on what Wine makes of this machine."""
+    wine = tool("wine")
+    folder = tmp_path_factory.mktemp("windows")
+    compiler, archiver = windows_compiler(folder)
+    library = build_and_install(
+        folder,
+        *("-DCMAKE_SYSTEM_NAME=Windows", "-DCMAKE_SYSTEM_PROCESSOR=AMD64"),
+        *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_AR={archiver}", "-DCMAKE_RANLIB=true"),
+    )
+    driver = build_driver(compiler, library, folder)
+    return library, ("env", f"WINEPREFIX={folder / 'wine'}", "WINEDEBUG=-all", wine, driver)
+
+
+@pytest.fixture(scope="module", params=MACHINES, ids="-".join)
+def processor(request):
+    machine, isa = request.param
+    if machine == "windows" and isa not in adamax_ext.available_isas():
+        pytest.skip(f"{isa} does not run on this machine")
+    with Processor(request.getfixturevalue(machine)[-1], isa, HOSTILE_MODES[machine]) as running:
+        assert running.isa == isa
         yield running
 
 

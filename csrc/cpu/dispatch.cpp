@@ -1,15 +1,15 @@
 // Which instruction set runs: what the processor has, or what ADAMAX_EXT_ISA forces.
 #include "cpu/dispatch.hpp"
 
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
-
 #include <atomic>
 #include <cstdlib>
 #include <sstream>
 
 #include "adamax/adamax.hpp"
+
+#ifdef __x86_64__
+#include <cpuid.h>  // last: its macros have the names of functions in Windows' headers
+#endif
 
 namespace adamax {
 namespace cpu {
@@ -28,18 +28,24 @@ namespace {
 constexpr const KernelTable* kTables[] = {ADAMAX_EXT_ISAS};
 #undef ISA
 
-// The compiler's test asks CPUID for the instructions and XCR0 whether the operating system saves
-// the registers.
-bool processor_has(std::string_view feature) {
+// Not __builtin_cpu_supports: it needs a variable of the compiler's runtime, which is not linked on
+// Windows, and not every compiler knows F16C by it.
+bool processor_has([[maybe_unused]] std::string_view feature) {
 #ifdef __x86_64__
-  unsigned eax, ebx, ecx = 0, edx;  // not every compiler's test knows F16C
-  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  if (feature == "f16c") return has_f16c;
-  if (feature == "avx2") return __builtin_cpu_supports("avx2");
-  if (feature == "avx512f") return __builtin_cpu_supports("avx512f");
-  if (feature == "avx512bw") return __builtin_cpu_supports("avx512bw");
-  if (feature == "avx512dq") return __builtin_cpu_supports("avx512dq");
-  if (feature == "avx512vl") return __builtin_cpu_supports("avx512vl");
+  unsigned eax, ebx = 0, ecx = 0, edx, unused;
+  __get_cpuid(1, &eax, &unused, &ecx, &edx);
+  if ((ecx & bit_OSXSAVE) == 0) return false;
+  __get_cpuid_count(7, 0, &eax, &ebx, &unused, &edx);
+  // Which registers the operating system saves: XMM, YMM; the masks and both parts of ZMM.
+  unsigned saved;
+  __asm__("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
+  const bool has_avx = (saved & 0x06) == 0x06, has_avx512 = (saved & 0xe6) == 0xe6;
+  if (feature == "f16c") return has_avx && (ecx & bit_F16C) != 0;
+  if (feature == "avx2") return has_avx && (ebx & bit_AVX2) != 0;
+  if (feature == "avx512f") return has_avx512 && (ebx & bit_AVX512F) != 0;
+  if (feature == "avx512bw") return has_avx512 && (ebx & bit_AVX512BW) != 0;
+  if (feature == "avx512dq") return has_avx512 && (ebx & bit_AVX512DQ) != 0;
+  if (feature == "avx512vl") return has_avx512 && (ebx & bit_AVX512VL) != 0;
 #endif
   return false;
 }

@@ -10,6 +10,10 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 
 namespace adamax::cpu {
 void override_cpu_limit(int cpus);  // as csrc/cpu/parallel.hpp has it
@@ -181,6 +185,9 @@ void do_call(std::size_t num_variables) {
 }  // namespace
 
 int main(int argc, char** argv) try {
+#ifdef _WIN32
+  for (std::FILE* const file : {stdin, stdout}) _setmode(_fileno(file), _O_BINARY);
+#endif
   std::printf("%s\n", adamax::active_isa().c_str());
   std::fflush(stdout);
   adamax::cpu::override_cpu_limit(8);  // so that threads can be more than processors

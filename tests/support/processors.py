@@ -1,8 +1,10 @@
 """Other processors than this one, under QEMU: steps by tests/cpp/driver.cpp."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,8 +24,21 @@ CLIPS, PHASES = (None, "norm", "global_norm"), ("accumulate", "update", "finaliz
 def tool(name):
     path = shutil.which(name)
     if path is None:
-        pytest.skip(f"needs {name} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+        pytest.skip(f"needs {name} (Debian: g++-aarch64-linux-gnu, qemu-user, wine)")
     return path
+
+
+def windows_compiler(folder):
+    """Return the compiler and the archiver for Windows, Clang's as zig packs it."""
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("needs ziglang (pip install ziglang)")
+    paths = []
+    for name, command in (("c++", "c++ -target x86_64-windows-gnu"), ("ar", "ar")):
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} -m ziglang {command} "$@"\n')
+        path.chmod(0o755)
+        paths.append(path)
+    return paths
 
 
 def cross_options():
