@@ -18,8 +18,24 @@
 #include "cpu/parallel.hpp"
 #include "xla/handler.hpp"
 
+// What PYBIND11_MODULE makes of _core; CPython calls the PyInit__core at the end of this file.
+#define PyInit__core init_by_pybind11
+
 namespace adamax::bindings {
 namespace {
+
+// Note [One interpreter]: types, and what is remembered of them, are those of one interpreter.
+// Declaring that to CPython is not enough: it asks no sooner than version 3.12, and not at all for
+// interpreters that share the GIL. Both before pybind11 begins, which waits for ever for the GIL
+// that its thread holds (before 3.12), and after, because 3.13 begins in the main interpreter.
+bool is_main_interpreter() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return true;
+  PyErr_Format(PyExc_ImportError,
+               "adamax_ext must be imported in the main interpreter; received an import in "
+               "subinterpreter %lld",
+               static_cast<long long>(PyInterpreterState_GetID(PyInterpreterState_Get())));
+  return false;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -66,6 +82,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   using namespace adamax::bindings;
   m.doc() = "Native core of adamax_ext.";
   m.attr("__version__") = ADAMAX_EXT_VERSION;
+  if (!is_main_interpreter()) throw py::error_already_set();
 
   struct IeeeMode {
     std::optional<FloatingPointMode> mode;  // set while a `with` statement runs
@@ -161,4 +178,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("_override_cpu_limit", &cpu::override_cpu_limit, py::arg("cpus"));
   m.def("_cgroup_cpu_limit", &cpu::cgroup_cpu_limit, py::arg("membership"), py::arg("mount"));
   m.def("_bias_correction", &bias_correction, py::arg("beta"), py::arg("step"));
+}
+
+#undef PyInit__core
+PyMODINIT_FUNC PyInit__core() {  // see Note [One interpreter]
+  return adamax::bindings::is_main_interpreter() ? init_by_pybind11() : nullptr;
 }
