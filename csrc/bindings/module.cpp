@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "adamax/adamax.hpp"
 #include "bindings/calls.hpp"
@@ -28,13 +30,12 @@ namespace {
 // Declaring that to CPython is not enough: it asks no sooner than version 3.12, and not at all for
 // interpreters that share the GIL. Both before pybind11 begins, which waits for ever for the GIL
 // that its thread holds (before 3.12), and after, because 3.13 begins in the main interpreter.
-bool is_main_interpreter() {
-  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return true;
-  PyErr_Format(PyExc_ImportError,
-               "adamax_ext must be imported in the main interpreter; received an import in "
-               "subinterpreter %lld",
-               static_cast<long long>(PyInterpreterState_GetID(PyInterpreterState_Get())));
-  return false;
+void require_main_interpreter() {
+  PyInterpreterState* const here = PyInterpreterState_Get();
+  if (here == PyInterpreterState_Main()) return;
+  throw std::runtime_error(
+      "adamax_ext must be imported in the main interpreter; received an import in subinterpreter " +
+      std::to_string(PyInterpreterState_GetID(here)));
 }
 
 py::dict build_info() {
@@ -82,7 +83,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   using namespace adamax::bindings;
   m.doc() = "Native core of adamax_ext.";
   m.attr("__version__") = ADAMAX_EXT_VERSION;
-  if (!is_main_interpreter()) throw py::error_already_set();
+  require_main_interpreter();
 
   struct IeeeMode {
     std::optional<FloatingPointMode> mode;  // set while a `with` statement runs
@@ -182,5 +183,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
 #undef PyInit__core
 PyMODINIT_FUNC PyInit__core() {  // see Note [One interpreter]
-  return adamax::bindings::is_main_interpreter() ? init_by_pybind11() : nullptr;
+  try {
+    adamax::bindings::require_main_interpreter();
+    return init_by_pybind11();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
 }
