@@ -56,7 +56,8 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     }
     header = {key: value for key, value in state_dict.items() if key != "state"}
     replaced = _regular_file(path)
-    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    # A symbolic link stays one, also where it cannot be read: that is an error, not no link.
+    target = Path(os.path.realpath(path, strict=replaced is not None))
     data = safetensors.numpy.save(tensors, metadata={_HEADER: json.dumps(header)})
     temporary = target.with_name(f".adamax_ext-{secrets.token_hex(8)}.tmp")
     mode = 0o666 if replaced is None else stat.S_IMODE(replaced.st_mode)
