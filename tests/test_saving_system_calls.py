@@ -1,4 +1,4 @@
-"""Each system call of a save and of a load fails, or is the last: nothing that was saved is lost."""
+"""Each system call of a save or load fails, or is the last: nothing that was saved is lost."""
 
 import ctypes
 import functools
