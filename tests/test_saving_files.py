@@ -215,7 +215,7 @@ HOSTILE = [  # the length of the header, where it lies; the header
 
 def load_hostile(folder):
     """Load each file, with little more memory than there is; nothing but that file is opened."""
-    weights, optimizer = trained(FULL)
+    _, optimizer = trained(FULL)
     paths = [Path(folder) / str(i) for i in range(len(HOSTILE))]
     for path, (length, header) in zip(paths, HOSTILE, strict=True):
         raw_file(path, header, bytes(16))

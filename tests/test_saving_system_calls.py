@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -46,13 +47,14 @@ def load(path):
 
 
 def serve():
-    """For each call and path on stdin, do it in a fork, which waits for a tracer and a line."""
+    """For each call and path on stdin, do it in a fork, which waits for a tracer and a signal."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     for line in iter(sys.stdin.readline, ""):
         process = os.fork()
         if process == 0:
             ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER_ANY
             print(os.getpid(), flush=True)
-            sys.stdin.readline()
+            signal.sigwait({signal.SIGUSR1})  # no call that is counted
             name, path = line.strip().split(" ", 1)
             try:
                 {"save": save, "load": load}[name](path)
@@ -81,15 +83,14 @@ class Server:
         command = ["strace", "-y", "-s1", "-e", "trace=%file,%desc", *options, "-o", self.log]
         strace = subprocess.Popen([*command, "-p", pid], stderr=subprocess.PIPE, text=True)
         said = strace.stderr.readline()
-        outcome = self.ask("go")
+        os.kill(int(pid), signal.SIGUSR1)
+        outcome = self.process.stdout.readline().strip()
         if outcome != "end":
             assert self.process.stdout.readline() == "end\n"
         strace.communicate()
         if "attached" not in said:
             pytest.skip(f"strace cannot trace here: {said}")
-        lines = self.log.read_text().splitlines()
-        # The wait for the line, in which strace found the process, is no call that it counts.
-        return "" if outcome == "end" else outcome, lines[lines[0].startswith("read(0<") :]
+        return "" if outcome == "end" else outcome, self.log.read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
