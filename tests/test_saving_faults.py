@@ -1,12 +1,10 @@
 """Saved files: an interrupted save leaves the old or the new one, and only whole ones are read."""
 
-import ctypes
 import errno
 import itertools
 import os
 import random
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -102,118 +100,6 @@ def test_the_data_is_on_disk_before_the_name_and_the_name_before_the_end(tmp_pat
     checkpoint.write(path, NEW)
     file, folder = path.stat().st_ino, tmp_path.stat().st_ino
     assert events == [("fsync", file), ("replace", file), ("fsync", folder)]
-
-
-# ---- Each system call fails, or is the last ------------------------------------------------------
-
-TRACED = "open|creat|p?write|ftruncate|fallocate|sendfile|copy_file|f?ch(mod|own)|f.*sync|close"
-TRACED += "|link|rename"
-
-
-def serve():
-    """For each path on stdin, save NEW there in a fork, which waits for a tracer and a line."""
-    for line in iter(sys.stdin.readline, ""):
-        process = os.fork()
-        if process == 0:
-            ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER_ANY
-            print(os.getpid(), flush=True)
-            sys.stdin.readline()
-            try:
-                checkpoint.write(line.strip(), NEW)
-                print("saved", flush=True)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", flush=True)
-            os._exit(0)
-        os.waitpid(process, 0)
-        print("end", flush=True)
-
-
-class Server:
-    def __init__(self, folder):
-        self.path, self.log = folder / "folder" / "file", folder / "log"
-        self.path.parent.mkdir()
-        pipes = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "text": True,
-            "cwd": DATA.parent,
-        }
-        self.process = subprocess.Popen(child("t.serve()"), **pipes)
-
-    def ask(self, line):
-        print(line, file=self.process.stdin, flush=True)
-        return self.process.stdout.readline().strip()
-
-    def save(self, *options):
-        """Save NEW over OLD under strace; return the outcome ("" if killed) and the calls."""
-        checkpoint.write(self.path, OLD)
-        command = ["strace", "-y", "-s1", "-e", f"trace=/^({TRACED})", *options, "-o", self.log]
-        command += ["-p", self.ask(self.path)]
-        strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        said = strace.stderr.readline()
-        outcome = self.ask("go")
-        if outcome != "end":
-            assert self.process.stdout.readline() == "end\n"
-        strace.communicate()
-        if "attached" not in said:
-            pytest.skip(f"strace cannot trace here: {said}")
-        return "" if outcome == "end" else outcome, self.log.read_text().splitlines()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if not (sys.platform == "linux" and shutil.which("strace")):
-        pytest.skip("strace is not installed")
-    server = Server(tmp_path_factory.mktemp("strace"))
-    yield server
-    server.process.communicate()
-    assert server.process.returncode == 0
-
-
-@pytest.fixture(scope="module")
-def calls(server):
-    """(name, how many of that name came before or are it, line) of calls about our files."""
-    outcome, log = server.save()
-    assert (outcome, is_new(server.path)) == ("saved", True)
-    found, counts = [], {}
-    for line in log:
-        name = re.match(r"\w*", line)[0]
-        counts[name] = counts.get(name, 0) + 1
-        if str(server.path.parent) in line:
-            found.append((name, counts[name], line))
-    return found
-
-
-def renamed_at(server, calls):
-    """Return the index of the call that gives the file its name, the only one that names it."""
-    (i,) = [i for i, (_, _, line) in enumerate(calls) if f'"{server.path}"' in line]
-    assert calls[i][0].startswith("rename")
-    return i
-
-
-def test_system_calls_come_in_a_safe_order(server, calls):
-    renamed = renamed_at(server, calls)
-    data = [i for i, call in enumerate(calls) if re.search("write|truncate", call[0])]
-    file_synced, folder_synced = [i for i, call in enumerate(calls) if call[0].endswith("sync")]
-    assert max(data) < file_synced < renamed < folder_synced
-    of_folder = [f"<{server.path.parent}>" in calls[i][2] for i in (file_synced, folder_synced)]
-    assert of_folder == [False, True]
-
-
-@pytest.mark.parametrize("fault", ["error=EIO", "error=ENOSPC", "signal=KILL"])
-def test_a_fault_at_any_system_call_leaves_one_whole_file(fault, server, calls):
-    renamed = renamed_at(server, calls)
-    for i, (name, count, line) in enumerate(calls):
-        outcome, log = server.save("-e", f"inject={name}:{fault}:when={count}")
-        if fault == "signal=KILL":
-            assert (outcome, log[-1]) == ("", "+++ killed by SIGKILL +++"), line
-        else:
-            assert sum("(INJECTED)" in x for x in log) == 1, line
-            assert (outcome == "saved") <= (name == "close"), f"not noticed: {line}"
-            assert names(server.path.parent) == ["file"], line
-        assert is_new(server.path) == (outcome == "saved" or i > renamed), f"{outcome!r}: {line}"
-        for leftover in set(names(server.path.parent)) - {"file"}:
-            os.unlink(server.path.with_name(leftover))
 
 
 # ---- kill -9 at any moment -----------------------------------------------------------------------

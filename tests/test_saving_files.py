@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import socket
 import stat
 import struct
@@ -186,3 +187,59 @@ def test_a_malformed_header_is_a_value_error(header, tmp_path):
     raw_file(tmp_path / "file", header)
     weights, optimizer = trained(FULL)
     refused(optimizer, weights, ValueError, None, optimizer.load, tmp_path / "file")
+
+
+# ---- Hostile files -------------------------------------------------------------------------------
+
+
+def tensor(shape, end, dtype="F32"):
+    return {"w/norm": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
+
+
+HOSTILE = [  # the length of the header, where it lies; the header
+    (2**63, {}),
+    (2**64 - 1, {}),
+    (2**40, {}),
+    (None, tensor([2**38], 2**40)),
+    (None, tensor([2**62, 4], 0)),
+    (None, tensor([2**32, 2**32], 0)),
+    (None, tensor([2**38], 16)),
+    (None, tensor([4], 2**64 - 1)),
+    (None, tensor([0] * 10_000, 0)),
+    (None, {f"{i}/norm": tensor([4], 16)["w/norm"] for i in range(1000)}),
+    (None, {"__metadata__": {"adamax_ext": '{"calls": ' + "9" * 100_000 + "}"}}),
+    (None, {"__metadata__": {"adamax_ext": "__import__('os').abort()"}}),
+    (None, {"__metadata__": {"adamax_ext": "cos\nabort\n(tR."}}),  # a pickle
+]
+
+
+def load_hostile(folder):
+    """Load each file, with little more memory than there is; nothing but that file is opened."""
+    _, optimizer = trained(FULL)
+    paths = [Path(folder) / str(i) for i in range(len(HOSTILE))]
+    for path, (length, header) in zip(paths, HOSTILE, strict=True):
+        raw_file(path, header, bytes(16))
+        if length is not None:
+            path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    with pytest.raises(ValueError):
+        optimizer.load(paths[0])  # what is imported at the first use is
+    events, loading = [], False
+    sys.addaudithook(lambda *event: events.append(event) if loading else None)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+    for path in paths:
+        events.clear()
+        try:
+            loading = True
+            optimizer.load(path)
+        except ValueError:
+            loading = False
+        assert not loading, path
+        assert [name for name, _ in events] == ["open"], events
+        assert events[0][1][0] == str(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is limited")
+def test_a_hostile_file_runs_nothing_and_takes_no_memory(tmp_path):
+    code = f"import test_saving_files as t; t.load_hostile({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DATA.parent)

@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 import weakref
 from pathlib import Path
 
@@ -19,14 +18,20 @@ import numpy as np
 import pytest
 from adamax_ext import Adamax, LossScaleOptimizer
 from support.memory import DLPackOnly, OldDLPack, torch_alias
-from support.processes import LARGE, SMALL, data, in_own_process, trained, use_threads
+from support.processes import (
+    LARGE,
+    SMALL,
+    data,
+    forked,
+    in_own_process,
+    number_of_threads,
+    require_serial,
+    trained,
+    use_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("threads")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks")
-
-
-def number_of_threads():
-    return len(os.listdir("/proc/self/task"))
 
 
 # ---- Threads -------------------------------------------------------------------------------------
@@ -161,27 +166,6 @@ def test_failure_leaves_everything_usable(size):
 
 
 # ---- Forks ---------------------------------------------------------------------------------------
-
-
-def forked(function):
-    """Whether `function` succeeds in a forked child."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def require_serial(expected):
-    for _ in range(2):
-        assert adamax_ext.get_num_threads() == 1
-        assert trained(global_clipnorm=1.0) == expected
-        adamax_ext.set_num_threads(4)
-    assert number_of_threads() == 1
 
 
 def fork_after_threads():

@@ -16,16 +16,13 @@ from support.processes import (
     Mxcsr,
     in_own_process,
     mode_is_kept,
+    number_of_threads,
     trained,
     use_threads,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 SETTINGS = {"global_clipnorm": 1.0, "weight_decay": 0.1}
-
-
-def number_of_threads():
-    return len(os.listdir("/proc/self/task"))
 
 
 def load_openmp():

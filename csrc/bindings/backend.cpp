@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "adamax/cuda.hpp"
+#include "bindings/without_gil.hpp"
 #include "cpu/run.hpp"
 
 namespace adamax::bindings {
@@ -72,7 +73,7 @@ void Runner::prepare(const Program& largest, const Streams& streams) {
   const Backend& backend = backend_of(device_);
   Queue queue = streams.queue(device_);
   queue.after_all = true;
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   backend.synchronize(queue);
   allocate(backend, backend.scratch_bytes(largest));
 }
@@ -82,7 +83,7 @@ void Runner::reserve(const Program& program, const Streams& streams) {
   const std::size_t bytes = backend.scratch_bytes(program);
   if (bytes <= workspace_.bytes) return;
   const Queue queue = streams.queue(device_);
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   backend.synchronize(queue);  // refuses a capture, which an allocation would break
   allocate(backend, bytes);
 }
@@ -91,7 +92,7 @@ Outcome Runner::run(const Program& program, const Streams& streams, const Leases
   reserve(program, streams);
   const Backend& backend = backend_of(device_);
   const Queue queue = streams.queue(device_);
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   try {
     Workspace workspace = workspace_;
     if (for_graphs_) workspace.last_use = nullptr;

@@ -9,6 +9,7 @@
 #include "bindings/kept.hpp"
 #include "bindings/overlap.hpp"
 #include "bindings/settings.hpp"
+#include "bindings/without_gil.hpp"
 
 namespace adamax::bindings {
 
@@ -97,7 +98,7 @@ void copy(const py::object& to, const py::object& from) {
   require_same_layout(source, labels[1], target, labels[0]);
   require_dense(target, labels[0]);
   const Backend& backend = backend_of(device);
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   backend.copy(streams.queue(device), target.data, source.data, target.bytes());
 }
 

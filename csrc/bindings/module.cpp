@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "adamax/adamax.hpp"
 #include "bindings/calls.hpp"
@@ -18,8 +20,23 @@
 #include "cpu/parallel.hpp"
 #include "xla/handler.hpp"
 
+// What PYBIND11_MODULE makes of _core; CPython calls the PyInit__core at the end of this file.
+#define PyInit__core init_by_pybind11
+
 namespace adamax::bindings {
 namespace {
+
+// Note [One interpreter]: types, and what is remembered of them, are those of one interpreter.
+// Declaring that to CPython is not enough: it asks no sooner than version 3.12, and not at all for
+// interpreters that share the GIL. Both before pybind11 begins, which waits for ever for the GIL
+// that its thread holds (before 3.12), and after, because 3.13 begins in the main interpreter.
+void require_main_interpreter() {
+  PyInterpreterState* const here = PyInterpreterState_Get();
+  if (here == PyInterpreterState_Main()) return;
+  throw std::runtime_error(
+      "adamax_ext must be imported in the main interpreter; received an import in subinterpreter " +
+      std::to_string(PyInterpreterState_GetID(here)));
+}
 
 py::dict build_info() {
   py::dict info;
@@ -67,6 +84,7 @@ PYBIND11_MODULE(_core, m) {
   using namespace adamax::bindings;
   m.doc() = "Native core of adamax_ext.";
   m.attr("__version__") = ADAMAX_EXT_VERSION;
+  require_main_interpreter();
 
   struct IeeeMode {
     std::optional<FloatingPointMode> mode;  // set while a `with` statement runs
@@ -162,4 +180,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("_override_cpu_limit", &cpu::override_cpu_limit, py::arg("cpus"));
   m.def("_cgroup_cpu_limit", &cpu::cgroup_cpu_limit, py::arg("membership"), py::arg("mount"));
   m.def("_bias_correction", &bias_correction, py::arg("beta"), py::arg("step"));
+}
+
+#undef PyInit__core
+PyMODINIT_FUNC PyInit__core() {  // see Note [One interpreter]
+  try {
+    adamax::bindings::require_main_interpreter();
+    return init_by_pybind11();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
 }

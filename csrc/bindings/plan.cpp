@@ -5,6 +5,7 @@
 
 #include "bindings/busy.hpp"
 #include "bindings/settings.hpp"
+#include "bindings/without_gil.hpp"
 
 namespace adamax::bindings {
 
@@ -45,7 +46,7 @@ Plan::Plan(const py::tuple& params, std::vector<std::string> names,
 }
 
 Plan::~Plan() {
-  const py::gil_scoped_release release;  // a GPU may have to finish first
+  const WithoutGil released;  // a GPU may have to finish first
   runner_.reset();
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "bindings/busy.hpp"
+#include "bindings/without_gil.hpp"
 
 namespace adamax::bindings {
 namespace {
@@ -54,7 +55,7 @@ struct Stepper::Part {
 };
 
 Stepper::~Stepper() {
-  const py::gil_scoped_release release;  // a GPU may have to finish first
+  const WithoutGil released;  // a GPU may have to finish first
   runners_.clear();
 }
 

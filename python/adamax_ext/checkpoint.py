@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from adamax_ext import _settings, arrays, low_state
 
@@ -32,6 +32,13 @@ _KEYS[3] = _KEYS[2] | LOW_MEMORY
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 _NO_FOLDER_SYNC |= {errno.EACCES, errno.EISDIR}  # on opening it
 
+_DTYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+}
+
 PathLike: TypeAlias = str | os.PathLike[str]
 State: TypeAlias = dict[str, dict[str, np.ndarray[Any, Any]]]
 
@@ -49,7 +56,8 @@ def write(path: PathLike, state_dict: dict[str, Any]) -> None:
     }
     header = {key: value for key, value in state_dict.items() if key != "state"}
     replaced = _regular_file(path)
-    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    # A symbolic link stays one, also where it cannot be read: that is an error, not no link.
+    target = Path(os.path.realpath(path, strict=replaced is not None))
     data = safetensors.numpy.save(tensors, metadata={_HEADER: json.dumps(header)})
     temporary = target.with_name(f".adamax_ext-{secrets.token_hex(8)}.tmp")
     mode = 0o666 if replaced is None else stat.S_IMODE(replaced.st_mode)
@@ -114,31 +122,32 @@ def read(path: PathLike) -> dict[str, Any]:
     ValueError
         The file is torn, or is no checkpoint of this package.
     """
-    state: State = {}
     _regular_file(path)  # opening a FIFO would wait for ever
+    # Not mapped into memory: another program that truncates the file would end this process.
+    data = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if _HEADER not in metadata:
-                raise ValueError(
-                    f"{path} is no checkpoint of adamax_ext: it has no '{_HEADER}' header"
-                )
-            header = json.loads(metadata[_HEADER])
-            for key in file.keys():  # noqa: SIM118  (not a mapping)
-                name, _, kind = key.rpartition("/")
-                state.setdefault(name, {})[kind] = _tensor(file, key)
+        tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        # The header is whole; what it says of the file is not among the tensors.
+        entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = entries.get("__metadata__") or {}
+        if _HEADER not in metadata:
+            raise ValueError(f"{path} is no checkpoint of adamax_ext: it has no '{_HEADER}' header")
+        header = json.loads(metadata[_HEADER])
     except (SafetensorError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is torn, or no safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a header that is no JSON object: {header!r}")
+    state: State = {}
+    for key, tensor in tensors:
+        name, _, kind = key.rpartition("/")
+        state.setdefault(name, {})[kind] = _array(key, **tensor)
     return {**header, "state": state}
 
 
-def _tensor(file: Any, key: str) -> arrays.HostArray:
+def _array(key: str, dtype: str, shape: list[int], data: bytearray) -> arrays.HostArray:
     try:
-        return file.get_tensor(key)  # type: ignore[no-any-return]
-    except (AttributeError, TypeError) as error:  # bfloat16 and float8, which NumPy does not know
-        dtype = file.get_slice(key).get_dtype()
+        return np.ndarray(shape, np.dtype(_DTYPES[dtype]), data)
+    except (KeyError, TypeError) as error:  # TypeError: nobody registered bfloat16 with NumPy
         raise ValueError(f"{key} must be of float32 or float64; received {dtype}") from error
 
 

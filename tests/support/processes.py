@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import adamax_ext
@@ -64,6 +65,32 @@ def in_own_process(function):
         os.killpg(process.pid, signal.SIGKILL)  # its forked children too: they hold the pipe
         pytest.fail(f"hangs; its output: {process.communicate()[0]}")
     assert process.returncode == 0, output
+
+
+def number_of_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+def forked(function):
+    """Whether `function` succeeds in a forked child."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def require_serial(expected):
+    """Assert that a forked child steps on its only thread, with the `expected` bits."""
+    for _ in range(2):
+        assert adamax_ext.get_num_threads() == 1
+        assert trained(global_clipnorm=1.0) == expected
+        adamax_ext.set_num_threads(4)
+    assert number_of_threads() == 1
 
 
 class Mxcsr:
