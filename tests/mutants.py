@@ -197,7 +197,7 @@ MUTANTS = [
     Mutant(
         "the GIL is held during a step",
         "csrc/bindings/backend.cpp",
-        "  const py::gil_scoped_release release;\n  try {\n",
+        "  const WithoutGil released;\n  try {\n",
         "  try {\n",
         "tests/test_stress.py::test_other_threads_run_during_a_step",
     ),
