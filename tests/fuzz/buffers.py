@@ -113,7 +113,8 @@ class Scene:
         self.says, self.means = says, {}
         homes = {role: role for role in says}
         for role in says:
-            self.means[role] = meaning(says[role], writes=role not in ("grad", "buffer"))
+            is_read = role == "grad" or role.startswith("buffer")
+            self.means[role] = meaning(says[role], writes=not is_read)
         if len(says) > 1 and b.one_in(4):
             role, other = b.pick(list(says)), b.pick(list(says))
             if homes[other] == other:
@@ -292,8 +293,7 @@ def norm(b, device):
         if says:
             change(b, says[b.pick(list(says))])
     scene = Scene(b, says)
-    means = [meaning(s, writes=False) for s in says.values()]
-    scene.means = dict(zip(says, means, strict=True))
+    means = list(scene.means.values())
     right = scene.roles is not None and all(
         m is not None and m.is_dense and m.dtype in FLOATS and m.device == means[0].device
         for m in means
