@@ -3,8 +3,8 @@
 import ast
 
 import pytest
-from mutants import MUTANTS
 from support.building import REPOSITORY
+from support.faults import MUTANTS
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -253,7 +253,10 @@ def _array(says, memory):
     """Return an array; ValueError where NumPy has no such array."""
     dtype = numpy_dtype(says.dtype)
     strides = None if says.strides is None else [s * dtype.itemsize for s in says.strides]
-    array = np.ndarray(says.shape, dtype, memory.array(), says.offset, strides)
+    try:
+        array = np.ndarray(says.shape, dtype, memory.array(), says.offset, strides)
+    except TypeError as error:  # without strides, where the memory is too small
+        raise ValueError(*error.args) from error
     if array.shape != tuple(says.shape):  # as for a length of -1
         raise ValueError("another shape")
     array.flags.writeable = not says.flags & 1
