@@ -37,8 +37,9 @@ bool processor_has([[maybe_unused]] std::string_view feature) {
   if ((ecx & bit_OSXSAVE) == 0) return false;
   __get_cpuid_count(7, 0, &eax, &ebx, &unused, &edx);
   // Which registers the operating system saves: XMM, YMM; the masks and both parts of ZMM.
+  // Volatile: else compilers may ask before they know that one can.
   unsigned saved;
-  __asm__("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
   const bool has_avx = (saved & 0x06) == 0x06, has_avx512 = (saved & 0xe6) == 0xe6;
   if (feature == "f16c") return has_avx && (ecx & bit_F16C) != 0;
   if (feature == "avx2") return has_avx && (ebx & bit_AVX2) != 0;

@@ -52,6 +52,7 @@ struct Access {
   ADAMAX_HOST_DEVICE static void read(S stored, std::uint32_t& bits) {
     bits = static_cast<std::uint32_t>(stored);
   }
+  ADAMAX_HOST_DEVICE static void read(BFloat16 stored, std::uint32_t& bits) { bits = stored.bits; }
   template <class T, class S>
   ADAMAX_HOST_DEVICE static void write(scalar::Vec<T> x, S& stored) {
     scalar::to_storage(x.v, stored);
@@ -59,6 +60,9 @@ struct Access {
   template <class S>
   ADAMAX_HOST_DEVICE static void write(std::uint32_t bits, S& stored) {
     stored = static_cast<S>(bits);
+  }
+  ADAMAX_HOST_DEVICE static void write(std::uint32_t bits, BFloat16& stored) {
+    stored.bits = static_cast<std::uint16_t>(bits);
   }
 };
 using ByElement = Access<1>;

@@ -60,7 +60,7 @@ template <class Access, int width>
 ADAMAX_HOST_DEVICE void load_joined(const Access& access, const BFloat16* param,
                                     const std::int16_t* remainder, scalar::F32 (&w)[width]) {
   std::uint32_t halves[width], remainders[width];
-  access.load(&param->bits, halves);
+  access.load(param, halves);
   access.load(remainder, remainders);
   for (int k = 0; k < width; ++k) w[k] = joined<scalar::F32>(halves[k], remainders[k]);
 }
@@ -72,7 +72,7 @@ ADAMAX_HOST_DEVICE void store_split(const Access& access, const scalar::F32 (&w)
     halves[k] = half_nearest_away(w[k]);
     remainders[k] = remainder_of(w[k]);
   }
-  access.store(halves, &param->bits);
+  access.store(halves, param);
   access.store(remainders, remainder);
 }
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -147,25 +148,11 @@ class Runner {
 
   void run(const std::vector<Case>& cases, const Group& group, const Call& call, Place place,
            bool is_finite) {
-    if (arrays_.size() < cases.size())
-      arrays_ = std::vector<std::array<Guarded, kKinds>>(cases.size());
+    require_arrays(cases.size());
     const unsigned char* const content = bytes_of(is_finite).data() + calls++ % 4096;
     std::vector<Variable> variables;
     for (std::size_t i = 0; i < cases.size(); ++i) {
-      void* p[kKinds];
-      for (int kind = 0; kind < kKinds; ++kind) {
-        const std::size_t bytes = bytes_of(kind, cases[i]);
-        // Neighbours at opposite ends meet the guards at both in one call.
-        const Place other = place == kAtBegin ? kAtEnd : place == kAtEnd ? kAtBegin : kAtOddByte;
-        p[kind] = arrays_[i][kind].place(bytes, kind % 2 == 0 ? place : other, content);
-        if (kind == kScale) {  // which is finite and not negative
-          for (std::size_t k = 0; k < bytes; ++k) static_cast<unsigned char*>(p[kind])[k] &= 0x3f;
-        }
-        if (bytes == 0 && kind != 0) p[kind] = nullptr;
-      }
-      Variable v{{p[0], p[1], p[2], p[3], p[4], p[5], static_cast<float*>(p[kScale]), p[7]},
-                 cases[i].size,
-                 cases[i].storage};
+      Variable v{place_arrays(i, cases[i], place, content), cases[i].size, cases[i].storage};
       v.has_accumulated = true;
       v.number = static_cast<std::uint32_t>(i);
       v.first_element = calls % 3 * ((std::int64_t{1} << 33) - kStateBlock);
@@ -182,7 +169,7 @@ class Runner {
     if (is_finite && !outcome.is_finite) fail("gradients", "not taken for finite");
     scratch_.require_sentinels("scratch");
     for (std::size_t i = 0; i < cases.size(); ++i) {
-      for (int kind = 0; kind < kKinds; ++kind) arrays_[i][kind].require_sentinels(kNames[kind]);
+      require_sentinels(i);
       const void* const grad = variables[i].memory.grad;
       if (grad != nullptr && std::memcmp(grad, content, bytes_of(kGrad, cases[i])) != 0) {
         fail("grad", "written");
@@ -191,9 +178,53 @@ class Runner {
     if (device != kHost) emulated_clear_log();
   }
 
+  // What no backend runs: the norm of all, state and weights as float32 and back.
+  void run_others(const Case& c, Place place) {
+    require_arrays(1);
+    const Arrays memory = place_arrays(0, c, place, bytes_of(true).data());
+    auto* const first = static_cast<float*>(memory.average);
+    auto* const second = static_cast<float*>(memory.accumulator);
+    const ConstBuffer buffers[] = {{c.storage.param, c.size, memory.param},
+                                   {c.storage.grad, c.size, memory.grad}};
+    if (!std::isfinite(global_norm(buffers))) fail("global norm", "not finite");
+    if (c.storage.param != DType::kFloat64) {
+      decode_state(c.storage.state, memory, c.size, 1e-7, first, second);
+      encode_state(c.storage.state, memory, c.size, 1e-7, first, second);
+    }
+    if (memory.remainder != nullptr) {
+      auto* const weights = static_cast<BFloat16*>(memory.param);
+      auto* const remainders = static_cast<std::int16_t*>(memory.remainder);
+      join_weights(weights, remainders, c.size, first);
+      split_weights(first, c.size, weights, remainders);
+    }
+    require_sentinels(0);
+    ++calls;
+  }
+
   long calls = 0;
 
  private:
+  void require_arrays(std::size_t count) {
+    if (arrays_.size() < count) arrays_ = std::vector<std::array<Guarded, kKinds>>(count);
+  }
+  Arrays place_arrays(std::size_t i, const Case& c, Place place, const unsigned char* content) {
+    void* p[kKinds];
+    for (int kind = 0; kind < kKinds; ++kind) {
+      const std::size_t bytes = bytes_of(kind, c);
+      // Neighbours at opposite ends meet the guards at both in one call.
+      const Place other = place == kAtBegin ? kAtEnd : place == kAtEnd ? kAtBegin : kAtOddByte;
+      p[kind] = arrays_[i][kind].place(bytes, kind % 2 == 0 ? place : other, content);
+      if (kind == kScale) {  // which is finite and not negative
+        for (std::size_t k = 0; k < bytes; ++k) static_cast<unsigned char*>(p[kind])[k] &= 0x3f;
+      }
+      if (bytes == 0 && kind != 0) p[kind] = nullptr;
+    }
+    return {p[0], p[1], p[2], p[3], p[4], p[5], static_cast<float*>(p[kScale]), p[7]};
+  }
+  void require_sentinels(std::size_t i) const {
+    for (int kind = 0; kind < kKinds; ++kind) arrays_[i][kind].require_sentinels(kNames[kind]);
+  }
+
   const Backend& backend_;
   std::vector<std::array<Guarded, kKinds>> arrays_;
   Guarded scratch_;
@@ -210,6 +241,7 @@ void run_all(Runner& runner, const Storage& storage, const std::vector<std::int6
     group.weight_decay = group.decay == DecayRule::kNone ? 0.0 : 0.1;
     group.epsilon_rule = static_cast<EpsilonRule>(loop / 24 % 2);
     const auto place = static_cast<Place>(loop / 48);
+    if (loop % 48 == 0) runner.run_others({storage, sizes.back(), true, true, true}, place);
     group.learning_rate = 0.01, group.seed = 7, group.step = 1 + draw(5);
     group.ema_momentum = draw(3) == 0 ? 1.0 : 0.9;
     group.maximize = draw(2) == 0;
