@@ -50,6 +50,16 @@ def two_ranks():
     ranks.close()
 
 
+@pytest.fixture(scope="session")
+def fully_sharding_ranks(two_ranks):
+    """The same, where torch's `fully_shard` averages the gradients of CPU ranks."""
+    from support.sharded import averages
+
+    if not all(two_ranks(averages)):
+        pytest.skip("fully_shard of this torch adds the gradients of CPU ranks, not averages them")
+    return two_ranks
+
+
 @pytest.fixture
 def one_torch_thread():
     """For networks so small that on a busy machine their threads mostly wait for each other."""

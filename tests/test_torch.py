@@ -302,7 +302,8 @@ def test_new_data_that_does_not_fit_is_refused(swap, error, message):
 @pytest.mark.parametrize(
     ("grad", "error", "message"),
     [
-        (torch.ones(4).to(torch.float8_e4m3fn), TypeError, "has dtype"),
+        # Which older versions of torch do not export.
+        (torch.ones(4).to(torch.float8_e4m3fn), (TypeError, BufferError), "(dtype|float8)"),
         (torch.ones(4, dtype=torch.complex64), TypeError, "has dtype"),
         (torch.ones(4, dtype=torch.float64), TypeError, "has dtype float64 but .* float32"),
     ],

@@ -23,7 +23,10 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
 )
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or un")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or un"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # torch's own calls, to 2.10
+]
 BEFORE, AFTER = range(3), range(3, 6)  # steps, of the checkpoint
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -78,17 +81,19 @@ def require_same(all_bits):
 
 @pytest.mark.parametrize(("make", "dtype", "settings"), RUNS)
 def test_a_checkpoint_of_two_ranks_loads_in_two_and_in_one(
-    make, dtype, settings, two_ranks, tmp_path
+    make, dtype, settings, fully_sharding_ranks, tmp_path
 ):
     run = tmp_path, make, dtype, settings
-    bits = two_ranks(train_save_and_go_on, *run)
-    require_same([*bits, *two_ranks(load_and_go_on, *run), load_and_go_on(*run)])
+    bits = fully_sharding_ranks(train_save_and_go_on, *run)
+    require_same([*bits, *fully_sharding_ranks(load_and_go_on, *run), load_and_go_on(*run)])
 
 
 @pytest.mark.parametrize(("make", "dtype", "settings"), RUNS)
-def test_a_checkpoint_of_one_process_loads_in_two(make, dtype, settings, two_ranks, tmp_path):
+def test_a_checkpoint_of_one_process_loads_in_two(
+    make, dtype, settings, fully_sharding_ranks, tmp_path
+):
     run = tmp_path, make, dtype, settings
-    require_same([train_save_and_go_on(*run), *two_ranks(load_and_go_on, *run)])
+    require_same([train_save_and_go_on(*run), *fully_sharding_ranks(load_and_go_on, *run)])
 
 
 # ---- torch's class ------------------------------------------------------------------------------

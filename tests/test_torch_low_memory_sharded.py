@@ -23,7 +23,10 @@ from torch.distributed.tensor import (  # noqa: E402
     distribute_tensor,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or un")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or un"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # torch's own calls, to 2.10
+]
 every_storage = pytest.mark.parametrize(
     ("dtype", "bits", "rounding"), [row for row in STORAGES[1:] if row[0] in (F32, BF16)]
 )

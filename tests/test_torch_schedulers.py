@@ -21,6 +21,9 @@ from support.torch_runs import (
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
+# What SequentialLR itself does before torch 2.9.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 STEPS = 30
 LOOP = 2e-5  # of a training loop, whose gradients see the differences
 

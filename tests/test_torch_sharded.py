@@ -69,8 +69,8 @@ def fully_sharded(precision, mesh_shape):
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_fully_sharded_ranks_equal_one_process(precision, mesh_shape, two_ranks):
-    elements = two_ranks(fully_sharded, precision, mesh_shape)
+def test_fully_sharded_ranks_equal_one_process(precision, mesh_shape, fully_sharding_ranks):
+    elements = fully_sharding_ranks(fully_sharded, precision, mesh_shape)
     assert elements == ([7, 7] if mesh_shape == (2, 1) else [7, 0])  # a rank may have nothing
 
 
@@ -94,8 +94,8 @@ def sharded_in_part():
     assert optimizer.state[model.weights[3]]["step"] == 3
 
 
-def test_whole_and_sharded_parameters_in_one_optimizer(two_ranks):
-    two_ranks(sharded_in_part)
+def test_whole_and_sharded_parameters_in_one_optimizer(fully_sharding_ranks):
+    fully_sharding_ranks(sharded_in_part)
 
 
 def flat_parameters(use_orig_params):

@@ -91,14 +91,16 @@ std::string kind_without_memory(py::handle object) {
 }  // namespace
 
 void throw_no_memory(py::handle object, const Label& label, py::error_already_set* cause) {
-  std::string kind;
+  std::string kind, why;
   try {
     kind = kind_without_memory(object);
+    if (cause != nullptr) why = " (" + py::str(cause->value()).cast<std::string>() + ")";
   } catch (py::error_already_set&) {  // an object so broken that it cannot even be asked
   }
   const std::string text = label.text() + " is a " + Py_TYPE(object.ptr())->tp_name +
                            (kind.empty() ? " that did not export its memory: it may be closed, "
-                                           "freed or deleted, or was never allocated"
+                                           "freed or deleted, or was never allocated" +
+                                               why
                                          : kind);
   PyObject* const type = kind.empty() ? PyExc_BufferError : PyExc_ValueError;
   if (cause != nullptr) {

@@ -1,4 +1,7 @@
-"""What a description of memory means, and whether a call with such buffers is right: once more."""
+"""What a description of memory means, and whether a call with such buffers is right.
+
+Independently of the importers.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Other processors than this one, under QEMU: steps by tests/cpp/driver.cpp."""
+"""Other processors under QEMU, and Windows under Wine: steps by tests/cpp/driver.cpp."""
 
 import importlib.util
 import os

@@ -4,6 +4,8 @@ from support.frameworks import load_torch
 
 torch = load_torch()
 
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+
 SHAPES = [(4, 5), (3,), (1, 7), (5, 2, 3), (8,)]  # on two ranks: even, uneven, none on the second
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}
 
@@ -55,6 +57,14 @@ class OneProcess:
             assert_same_bits(weight, ours, f"weight {i}")
             if optimizer is not None:
                 assert_same_state(optimizer.state[weight], self.optimizer.state[ours], i)
+
+
+def averages():
+    """Return whether `fully_shard` averages gradients over the ranks."""
+    model, both = Weights(), [gradients(0, rank) for rank in range(2)]
+    fully_shard(model)
+    model(both[torch.distributed.get_rank()]).backward()
+    return torch.allclose(whole(model.weights[0].grad), mean([grads[0] for grads in both]))
 
 
 def assert_same_state(state, expected, i):
