@@ -4,4 +4,4 @@ from support.sequences import sequences
 from support.training_machine import TrainingMachine
 
 TestTraining = TrainingMachine.TestCase
-TestTraining.settings = sequences(in_suite=400, to_ship=6000)
+TestTraining.settings = sequences(in_suite=400, to_ship=8000)

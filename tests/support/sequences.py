@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few in the suite, always the same; 12,000 to ship.
+"""What property tests share: how many examples, few and always the same in the suite; and data.
 
 `pytest tests/test_properties*.py --hypothesis-profile=ship` tries other ones each time, and prints
 how to repeat one that fails.
