@@ -108,7 +108,7 @@ def test_cmake(page, cpp_library, tmp_path):
 def test_commands(page):
     extras = metadata("adamax_ext").get_all("Provides-Extra")
     for line in "".join(blocks(page, "console")).splitlines():
-        if found := re.fullmatch(r'\$ pip install (?:\.|"\.\[([\w,]+)\]")', line):
+        if found := re.fullmatch(r'\$ pip install (?:\.|"\.\[([\w,]+)\]")(?: -C\S+)*', line):
             assert set(filter(None, (found[1] or "").split(","))) <= set(extras), line
         elif found := re.fullmatch(r"\$ python -m adamax_ext (\w+)", line):
             with pytest.raises(SystemExit, match=r"^0$"):
@@ -117,8 +117,8 @@ def test_commands(page):
             assert (REPOSITORY / found[1]).is_file(), line
         else:  # of which conftest's cpp_library does the same
             assert re.match(r"\$ cmake (-S|--build|--install) ", line), line
-            for option in re.findall(r"-D(\w+)=", line):
-                assert f"{option} " in (REPOSITORY / "CMakeLists.txt").read_text(), option
+        for option in re.findall(r"(?:-D|cmake\.define\.)(\w+)=", line):
+            assert f"{option} " in (REPOSITORY / "CMakeLists.txt").read_text(), option
 
 
 def test_files_that_are_named_exist():

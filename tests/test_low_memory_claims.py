@@ -94,7 +94,7 @@ def test_norms_stay_within_one_rounding(bits, least, most, beta_2):
 
 
 def longest_step(beta_1, beta_2):
-    """In rates: the README's bound."""
+    """In rates: docs/low-memory.md's bound."""
     return beta_1 / beta_2 + 1.032 * (1 - beta_1)
 
 
@@ -153,7 +153,7 @@ def test_the_longest_step_with_8_bits(beta_1, beta_2):
     [(16, 0.9, 0.005), (8, 0.9, 0.042), (16, 0.99, 0.017), (8, 0.99, 0.15)],
 )
 def test_steps_are_off_by_a_share(bits, beta_1, share):
-    """Of float32's, as the README says: rms, of noise whose scales differ by element."""
+    """Of float32's, as docs/low-memory.md says: rms, of noise whose scales differ by element."""
     rng = np.random.default_rng(9)
     scales = np.exp(1.5 * rng.standard_normal(4096))
     states = fresh(4096, bits), {"m": np.zeros(4096, F), "u": np.zeros(4096, F)}
