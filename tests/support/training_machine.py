@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adamax_ext import Adamax, LossScaleOptimizer, schedules
+from adamax_ext import Adamax, LossScaleOptimizer
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -18,20 +18,13 @@ from support import reference_lowmem as program
 from support.bits import PAIRS, dtype_of, is_testable, memory_order, spread
 from support.low_memory import ROUNDINGS, LowMemoryReference, assert_same_training
 from support.memory import unaligned
-from support.runs import CLIPPINGS
+from support.runs import CLIPPINGS, rates_of_both
 from support.sequences import FLAVOURS, flavoured, rates, seeds
 from support.wrong_calls import REFUSALS, WRONG_CALLS, Trained
 
 SHAPES = [(5,), (), (0, 3), (1,), (3, 4), (7, 2, 3), (64, 65), (4099,)]  # two are for 8 bits
 GROWTH = 3  # good steps after which the loss scale doubles
-SCHEDULE = schedules.ExponentialDecay(0.05, decay_steps=3, decay_rate=0.7)
-
-
-def _program_schedule(calls):
-    return SCHEDULE(calls)
-
-
-_program_schedule.is_schedule = True
+SCHEDULE, PROGRAM_SCHEDULE = rates_of_both("schedule")
 
 # What can be assigned at any time; no value is a default or a power of two.
 OPTIONS = {
@@ -117,7 +110,7 @@ class TrainingMachine(RuleBasedStateMachine):
         options = options | clipping
         self.ours = Adamax(SCHEDULE if has_schedule else rate, **options)
         self.theirs = LowMemoryReference(
-            learning_rate=_program_schedule if has_schedule else rate, **options
+            learning_rate=PROGRAM_SCHEDULE if has_schedule else rate, **options
         )
         self.scale, self.good_steps = None, 0
         self.outer = self.ours
@@ -312,7 +305,7 @@ class TrainingMachine(RuleBasedStateMachine):
             self.require_refused(lambda: setattr(self.outer, "learning_rate", rate))
             return
         self.outer.learning_rate = SCHEDULE if has_schedule else rate
-        self.theirs.learning_rate = _program_schedule if has_schedule else rate
+        self.theirs.learning_rate = PROGRAM_SCHEDULE if has_schedule else rate
 
     @rule(value=st.sampled_from([0, 1, 7, 2**40]))
     def assign_iterations(self, value):
@@ -336,7 +329,7 @@ class TrainingMachine(RuleBasedStateMachine):
             self.outer.save_own_variables(saved)
         else:
             saved = [np.array(a) for a in self.outer.variables]
-        theirs = copy.deepcopy(self.theirs, {id(_program_schedule): _program_schedule})
+        theirs = copy.deepcopy(self.theirs, {id(PROGRAM_SCHEDULE): PROGRAM_SCHEDULE})
         self.saved.append((how, saved, theirs, self.scale, self.good_steps))
 
     @precondition(lambda self: self.is_built)
