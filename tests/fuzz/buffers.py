@@ -128,6 +128,7 @@ class Scene:
             extent = seen.bytes if seen and seen.bytes <= MOST else 16
             sizes[home] = max(sizes[home], says[role].offset + extent)
         self.is_real = all(m is None or m.bytes <= MOST for m in self.means.values())
+        self.is_real &= all(abs(math.prod(one.shape)) <= MOST for one in says.values())
         self.memories = {role: Memory(size) for role, size in sizes.items()}
         rng = np.random.default_rng(b.below(256))
         for role, home in homes.items():
